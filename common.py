@@ -1,0 +1,154 @@
+"""What the scripts share: flags from a dataclass, finding the device, checkpoints."""
+
+import argparse
+import difflib
+import math
+import os
+import zipfile
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+# -----------------------------------------------------------------------------
+# Flags: a dataclass says all there is to know of them
+
+
+def flag(default, help: str, low=None, choices=None, type=None):
+    """A field of a settings dataclass that is a flag; `type` where the default is None."""
+    type = type or default.__class__
+    return field(
+        default=default, metadata={"help": help, "low": low, "choices": choices, "type": type}
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """--name value or --name=value for each field of the dataclass `settings`.
+
+    given() reads the command line into a dict of those flags that were on it. What is wrong with
+    a flag ends the program with one sentence and status 2.
+    """
+
+    def __init__(self, settings: type, description: str, epilog: str = ""):
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            usage="python %(prog)s [--flag value] [--flag=value] ...",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.names = [f.name for f in fields(settings)]
+        for f in fields(settings):
+            kind = f.metadata["type"]
+            options = {"type": float_ if kind is float else kind, "metavar": kind.__name__.upper()}
+            if kind is bool:  # --compile, --compile=False and --compile false
+                options = {"type": bool_, "nargs": "?", "const": True, "metavar": "True|False"}
+            if choices := f.metadata["choices"]:
+                options |= {"choices": choices, "metavar": "|".join(choices)}
+            help = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+            help = help.replace("%", "%%")
+            self.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
+        self.lows = {f.name: f.metadata["low"] for f in fields(settings)}
+
+    def given(self, argv: list[str] | None = None) -> dict[str, Any]:
+        flags, rest = self.parse_known_args(argv)
+        for word in rest:
+            name = word.split("=")[0]
+            if not word.startswith("--"):
+                self.error(f"what is {word!r}? Every setting is a flag: --name value")
+            near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.names, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+            self.error(f"there is no flag {name}; {hint}")
+        for name, value in vars(flags).items():
+            if self.lows[name] is not None and value < self.lows[name]:
+                self.error(f"--{name} must be at least {self.lows[name]}, not {value}")
+        return vars(flags)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
+def float_(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def bool_(text: str) -> bool:
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise ValueError
+    return text.lower() in ("true", "1", "yes")
+
+
+float_.__name__, bool_.__name__ = "float", "bool"  # argparse names the type in its errors
+
+
+# -----------------------------------------------------------------------------
+# Device
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, or for "auto" the best one here: cuda, else mps, else cpu.
+
+    Raises ValueError where torch has no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
+    return device
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+FORMAT = "denseformer-1"
+
+
+class CheckpointError(Exception):
+    """Why a checkpoint cannot be used, in one sentence."""
+
+
+def save_checkpoint(path: Path, checkpoint: dict):
+    """Write the file whole or not at all: a crash at any moment leaves the one before it."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise CheckpointError(f"cannot write {path}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote, on the CPU. Never runs code from the file.
+
+    Raises CheckpointError, with the reason, for a file that is missing, damaged or foreign.
+    """
+    try:
+        # torch does not check the checksums that it writes, so do it here.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        known = checkpoint["format"] == FORMAT
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except Exception:  # a damaged archive can fail in any way
+        raise CheckpointError(f"{path} is damaged, or no checkpoint of DenseFormer") from None
+    if not known:
+        raise CheckpointError(f"{path} has the format {checkpoint['format']!r}, not {FORMAT!r}")
+    return checkpoint

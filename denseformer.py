@@ -1,0 +1,448 @@
+"""
+DenseFormer: a GPT in which every block reads a learned average of all that came before it.
+
+Source: Pagliardini, Mohtashami, Fleuret, Jaggi, "DenseFormer: Enhancing Information Flow in
+Transformers via Depth Weighted Averaging", arXiv 2402.02622. With X_0 the token embedding and
+B_i the i-th Transformer block,
+
+    X_i = B_i(Y_{i-1})                               what block i computes
+    Y_i = sum over j = 0..i of alpha[i, j] * X_j     depth-weighted average (DWA); Y_0 = X_0
+    logits = head(norm(Y_L))
+
+The alphas are learned scalars, the same for every token and every channel: L(L+3)/2 of them,
+1,224 for 48 blocks. They start as the identity, so an untrained DenseFormer is exactly the
+plain Transformer of the same weights.
+
+What is notable here:
+- all DWAs of the model are one matrix, alpha, and one mask; a sparse DWA is a sparser mask
+- the plain Transformer is no second class but the setting dwa="none"
+- the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
+- generation keeps a key-value cache and can be streamed, a token at a time
+
+In the comments B is sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class DenseFormerConfig:
+    """The shape of a model. The defaults are the paper's: 48 blocks, GPT-2's vocabulary.
+
+    Raises ValueError, with a sentence that names the field, where there is no such model.
+    """
+
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens, rounded up to a multiple of 64 for speed
+    block_size: int = 256  # the most tokens of context
+    n_layer: int = 48
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False  # in the linear layers and the norms
+    dwa: str = "1x1"  # dilation x period as in the paper, or "none": the plain Transformer
+    dwa_impl: str = "naive"  # how the DWA is computed
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"n_embd / n_head must be even, since rotary positions turn pairs of channels; "
+                f"{self.n_embd} / {self.n_head} is {self.n_embd // self.n_head}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.dwa_impl != "naive":
+            raise ValueError(f"dwa_impl must be 'naive', not {self.dwa_impl!r}")
+        dwa_mask(self.dwa, self.n_layer)  # raises for a pattern that it does not know
+
+
+# -----------------------------------------------------------------------------
+# Depth-weighted averages
+
+
+def dwa_mask(pattern: str, n_layer: int) -> Tensor:
+    """Which entries alpha has, as a bool matrix of (n_layer, n_layer + 1).
+
+    Row i-1 is the DWA after block i and column j is X_j. "kxp" is the paper's dilation k and
+    period p (section 3.2): after block i there is a DWA only where p divides i, and it sees
+    only X_j with j <= i and j = i (mod k). "none" has no DWA. The diagonal is always there;
+    a row that has nothing else is no DWA, for Y_i = X_i. Raises ValueError for other patterns.
+    """
+    i = torch.arange(1, n_layer + 1).unsqueeze(1)  # (L, 1)
+    j = torch.arange(n_layer + 1)  # (L + 1)
+    if pattern == "none":
+        return i == j
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", pattern)
+    if not match:
+        raise ValueError(
+            f"dwa must be 'none' or dilation x period, both at least 1, "
+            f"such as '1x1' or '4x5'; not {pattern!r}"
+        )
+    k, p = map(int, match.groups())
+    return (i == j) | ((i % p == 0) & (j <= i) & ((i - j) % k == 0))
+
+
+class DWA(nn.Module):
+    """Every depth-weighted average of a model: one matrix `alpha`, one `mask`, both (L, L + 1).
+
+    alpha is float32 and always is the whole linear map from X to Y. Of its entries, those
+    outside the mask are 0 and those of a row without a DWA are the identity; neither is ever
+    trained. A pass through the depth of the model is
+
+        X = dwa.start(X_0)
+        Y_i = dwa(i, X_i, X)      for i = 1..L
+
+    where X is all that this pass remembers. The module itself remembers nothing of it.
+    """
+
+    def __init__(self, config: DenseFormerConfig):
+        super().__init__()
+        L = config.n_layer
+        self.alpha = nn.Parameter(torch.eye(L + 1)[1:].clone())  # alpha[i, i] = 1: Y_i = X_i
+        self.register_buffer("mask", torch.eye(L + 1, dtype=torch.bool)[1:].clone())
+        self.set_mask(dwa_mask(config.dwa, L))
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor):
+        """Keep only the entries of alpha in `mask`, a bool matrix of (n_layer, n_layer + 1).
+
+        Raises ValueError where no DWA has such a mask.
+        """
+        if mask.shape != self.mask.shape or mask.triu(2).any() or not mask.any(dim=1).all():
+            raise ValueError(
+                f"a DWA mask of this model has the shape {tuple(self.mask.shape)}, nothing above "
+                f"the diagonal (column i of row i-1) and at least one entry in each row"
+            )
+        self.mask.copy_(mask)
+        self._read_mask()
+        for i, sources in enumerate(self.sources):
+            self.alpha[i] *= self.mask[i]
+            if not sources:
+                self.alpha[i, i + 1] = 1
+        self.alpha.requires_grad_(self.num_params() > 0)
+
+    def _read_mask(self):
+        # The mask in a form that needs no look at the device: for each row its columns j, and
+        # none at all where the diagonal is alone, which is no DWA.
+        rows = [row.nonzero().flatten().tolist() for row in self.mask.cpu()]
+        self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_mask()
+
+    def num_params(self) -> int:
+        """The number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
+        return sum(map(len, self.sources))
+
+    def start(self, x: Tensor) -> list[Tensor]:
+        """Begin a pass with X_0, of (B, T, C); returns the memory of this pass."""
+        return [x]
+
+    def forward(self, i: int, x: Tensor, X: list[Tensor]) -> Tensor:
+        """Take X_i, the output of block i = 1..L; return Y_i. Both are (B, T, C)."""
+        X.append(x)
+        sources = self.sources[i - 1]
+        if not sources:
+            return x
+        # A sum over many terms is kept in float32 at least, whatever the activations are.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        alpha = self.alpha[i - 1].to(dtype)
+        return sum(alpha[j] * X[j].to(dtype) for j in sources).to(x.dtype)
+
+
+# -----------------------------------------------------------------------------
+# The Transformer around it
+
+
+def rotary_angles(head_size: int, block_size: int, base: float = 10000.0) -> Tensor:
+    """cos and sin of the rotary angles, (2, block_size, head_size / 2), float32.
+
+    Channel pair m of position t turns by t * base^(-2m / head_size) (arXiv 2104.09864).
+    """
+    frequency = base ** (-torch.arange(0, head_size, 2).float() / head_size)
+    angle = torch.outer(torch.arange(block_size).float(), frequency)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn the channel pairs (m, m + head_size/2) of x, (..., T, head_size), by position."""
+    cos, sin = rotary
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """The keys and values of the tokens read so far, for generation a token at a time.
+
+    Room for block_size tokens of B sequences in every layer; `length` says how many are there.
+    """
+
+    def __init__(self, config: DenseFormerConfig, B: int, device: torch.device, dtype: torch.dtype):
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, B, config.n_head, config.block_size, head_size)
+        self.layers = torch.empty(shape, device=device, dtype=dtype).unbind()
+        self.length = 0
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: DenseFormerConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, kv: Tensor | None = None, past: int = 0) -> Tensor:
+        """x is (B, T, C). kv is (2, B, n_head, block_size, head_size) and holds `past` tokens."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2 and 1, B, n_head, T, head_size)
+        (q, k), v = rotate(qk, rotary), v[0]
+        if kv is not None:
+            kv[0, :, :, past : past + T], kv[1, :, :, past : past + T] = k, v
+            k, v = kv[:, :, :, : past + T]
+        # Token t sees the keys up to past + t. With no past that is the kernel's own causal mask,
+        # and a single token sees everything; only several tokens after a past need a mask written.
+        mask = None
+        if past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=not past
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DenseFormerConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """B_i of the paper: attention, then an MLP, each reading a norm and added to its input."""
+
+    def __init__(self, config: DenseFormerConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: Tensor, kv: Tensor | None = None, past: int = 0) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, kv, past)
+        return x + self.mlp(self.ln_2(x))
+
+
+class DenseFormer(nn.Module):
+    """The whole model: token embedding, L blocks with their DWAs, norm, output head."""
+
+    def __init__(self, config: DenseFormerConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.dwa = DWA(config)
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # tied: one matrix reads tokens and predicts them
+        rotary = rotary_angles(config.n_embd // config.n_head, config.block_size)
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's initialisation.
+
+        weight                                  drawn from
+        embedding (and so the head), c_attn,
+          c_fc                                  normal, std 0.02
+        c_proj of attention and MLP             normal, std 0.02 / sqrt(2 L): 2 L of them add up
+                                                in the residual stream
+        norms                                   gain 1
+        biases, where there are any             0
+        alpha                                   the identity (set by DWA)
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith("c_proj")
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                nn.init.normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+
+    def num_params(self) -> int:
+        """The number of trained scalars; the tied embedding counts once, a masked alpha never."""
+        others = sum(p.numel() for p in self.parameters()) - self.dwa.alpha.numel()
+        return others + self.dwa.num_params()
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits and loss. idx: token ids, (B, T); targets: the tokens that follow, (B, T).
+
+        With targets: logits of (B, T, V) and the mean cross-entropy in nats, a target of -1
+        not counting. Without: logits of the last position only, (B, 1, V), and None. With a
+        cache, idx continues the tokens that are in it. Raises ValueError for more tokens than
+        block_size.
+        """
+        T = idx.size(1)
+        past = cache.length if cache else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens are more than block_size {self.config.block_size}")
+        rotary = self.rotary[:, past : past + T]
+
+        x = self.drop(self.wte(idx))  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):
+            # The residual stream in bfloat16 too: it is what a DWA reads, so half the bytes.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        X = self.dwa.start(x)  # x is Y_0 = X_0
+        for i, block in enumerate(self.blocks, start=1):
+            x = block(x, rotary, cache.layers[i - 1] if cache else None, past)  # X_i = B_i(Y_{i-1})
+            x = self.dwa(i, x, X)  # Y_i = sum_j alpha[i, j] X_j
+        if cache:
+            cache.length += T
+
+        if targets is None:
+            return self.lm_head(self.ln_f(x[:, [-1]])), None  # (B, 1, V)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    def configure_optimizers(
+        self,
+        learning_rate: float,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        optimizer: str = "adamw",
+    ) -> list[torch.optim.Optimizer]:
+        """The optimizers to step together: AdamW, or Muon for the blocks' matrices and AdamW.
+
+        Weights that multiply activations, the matrices of the blocks and the embedding, decay.
+        Norms and biases do not, nor does alpha: decay pulls towards 0, and for alpha[i, i],
+        which starts at 1 as the skip connection of the whole depth, 0 is no simpler model but a
+        broken one. (The authors' experiments did decay it.)
+
+        Muon (torch.optim.Muon, torch 2.9 or later) is scaled so that AdamW's learning rate and
+        weight decay suit it (arXiv 2502.16982). Raises ValueError where torch lacks it.
+        """
+        if optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', not {optimizer!r}")
+        matrices = [p for p in self.blocks.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.parameters() if p.dim() < 2] + [self.dwa.alpha]
+        optimizers = []
+        if optimizer == "muon":
+            if not hasattr(torch.optim, "Muon"):
+                raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")
+            muon = torch.optim.Muon(
+                matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+            optimizers.append(muon)
+            matrices = []
+        groups = [
+            {"params": [*matrices, self.wte.weight], "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        fused = self.wte.weight.device.type in ("cuda", "cpu")
+        optimizers.append(torch.optim.AdamW(groups, learning_rate, betas, fused=fused))
+        return optimizers
+
+    # -------------------------------------------------------------------------
+    # Generation
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue idx, (B, T) token ids; yield max_new_tokens times the next token ids, (B, 1).
+
+        Each token is drawn from softmax(logits / temperature), of which only the top_k most
+        likely and the smallest set with probability top_p remain, where these are given;
+        temperature 0 takes the most likely one. Raises ValueError for an empty idx or for
+        settings out of range.
+        """
+        if idx.dim() != 2 or not idx.numel():
+            raise ValueError(f"a prompt is (B, T) token ids, at least one; not {tuple(idx.shape)}")
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+        training = self.training
+        self.eval()  # no dropout
+        try:
+            block_size = self.config.block_size
+            cache, new = None, idx[:, -block_size:]
+            for _ in range(max_new_tokens):
+                if cache is None or cache.length == block_size:
+                    # Start, or the window is full and slides by one token. The old keys and values
+                    # cannot stay: above the first block they have read the token that now leaves.
+                    # So past block_size each token costs a whole window. Rotary positions restart
+                    # at 0, which changes nothing, for only their differences matter.
+                    new = idx[:, -block_size:]
+                    cache = KVCache(self.config, idx.size(0), idx.device, self.activation_dtype())
+                logits, _ = self(new, cache=cache)
+                new = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)
+                idx = torch.cat((idx[:, -block_size:], new), dim=1)
+                yield new
+        finally:
+            self.train(training)
+
+    def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:
+        """idx, (B, T), and the max_new_tokens that follow it; the arguments are those of stream."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
+
+    def activation_dtype(self) -> torch.dtype:
+        device = self.wte.weight.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.wte.weight.dtype
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Draw one token id a row from logits, (B, V) -> (B, 1). See DenseFormer.stream."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    # Most likely first, so that what top_k and top_p drop is a tail.
+    logits, order = logits.sort(dim=-1, descending=True)
+    logits = logits - logits[:, :1]  # no overflow below, however low the temperature
+    if top_k is not None:
+        logits[:, top_k:] = -math.inf
+    probs = F.softmax(logits / temperature, dim=-1)
+    if top_p is not None:
+        before = probs.cumsum(dim=-1) - probs  # the probability of all that are more likely
+        probs[before >= top_p] = 0  # multinomial rescales what is left
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))
