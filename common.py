@@ -1,4 +1,4 @@
-"""What the scripts share: flags from a dataclass, finding the device, checkpoints."""
+"""What the scripts share: flags from a dataclass, device and dtype, checkpoints."""
 
 import argparse
 import difflib
@@ -86,7 +86,7 @@ float_.__name__, bool_.__name__ = "float", "bool"  # argparse names the type in 
 
 
 # -----------------------------------------------------------------------------
-# Device
+# Device and dtype
 
 
 def find_device(name: str) -> torch.device:
@@ -104,6 +104,19 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {name}: this machine, or this torch, has none") from None
     return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name, or for "auto" bfloat16 where the hardware has it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    has = False
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
+        features = torch.cpu.get_capabilities()
+        has = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return torch.bfloat16 if has else torch.float32
 
 
 # -----------------------------------------------------------------------------

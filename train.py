@@ -23,7 +23,15 @@ import torch
 from tqdm import tqdm
 
 import data
-from common import CheckpointError, Parser, find_device, flag, load_checkpoint, save_checkpoint
+from common import (
+    CheckpointError,
+    Parser,
+    find_device,
+    find_dtype,
+    flag,
+    load_checkpoint,
+    save_checkpoint,
+)
 from denseformer import DenseFormer, DenseFormerConfig
 
 # -----------------------------------------------------------------------------
@@ -270,19 +278,16 @@ def main(argv=None):
     optimizers = model.configure_optimizers(
         config.learning_rate, config.weight_decay, (config.beta1, config.beta2), config.optimizer
     )
-    dtype = config.dtype
-    if dtype == "auto":
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if on_gpu else "float32"
-    autocast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    dtype = find_dtype(config.dtype, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     print(
         f"{'Transformer' if config.dwa == 'none' else 'DenseFormer ' + config.dwa}: "
         f"{config.n_layer} blocks of {config.n_embd} channels, {model.num_params():,} parameters, "
         f"{model.dwa.num_params():,} of them alphas\n"
         f"{dataset.name}: {len(dataset.train):,} tokens to train on, {len(dataset.val):,} to "
         f"validate with, {dataset.tokenizer.vocab_size} different\n"
-        f"on {device} in {dtype}: {config.max_iters:,} steps of "
+        f"on {device} in {str(dtype)[6:]}: {config.max_iters:,} steps of "
         f"{config.gradient_accumulation_steps * config.batch_size} x {config.block_size} tokens",
         flush=True,
     )

@@ -1,0 +1,906 @@
+"""pytest: the model's mathematics, the data, and the scripts as a user runs them.
+
+Every reference here is written anew from the paper or from arithmetic, never from our own code.
+"""
+
+import contextlib
+import copy
+import hashlib
+import http.server
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import common
+import data
+import sample
+import train
+from data import download, textfile
+from data.tokenizer import ByteTokenizer, CharTokenizer, from_state
+from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_mask
+from denseformer import sample as draw
+
+HERE = Path(__file__).parent
+PATTERNS = ["none", "1x1", "2x1", "4x1", "4x5", "3x2", "1x5", "12x1"]
+
+
+def tiny(dwa="1x1", n_layer=5, **flags):
+    """A small model in float64 with alphas far from the identity."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 17, "block_size": 8, "n_head": 2, "n_embd": 8}
+    model = DenseFormer(DenseFormerConfig(**(shape | flags), n_layer=n_layer, dwa=dwa)).double()
+    randomise(model.dwa)
+    return model
+
+
+def randomise(dwa):
+    """Random values for the alphas that are trained, as they would be after training."""
+    with torch.no_grad():
+        for i, row in enumerate(dwa.mask.tolist(), start=1):
+            if sum(row) > 1:  # else no DWA here
+                dwa.alpha[i - 1] = torch.randn(len(row)) * torch.tensor(row)
+
+
+def terms(pattern, i):
+    """The j that Y_i sums over, read off the paper's definition of k x p; None: Y_i = X_i."""
+    if pattern == "none":
+        return None
+    k, p = map(int, pattern.split("x"))
+    js = [j for j in range(i + 1) if j % k == i % k]
+    return js if i % p == 0 and js != [i] else None
+
+
+# -----------------------------------------------------------------------------
+# Depth-weighted averages
+
+
+def through_dwa(dwa, x, weights):
+    """A stack of blocks B_i(y) = tanh(w_i * y), with the DWA module between them."""
+    X, outputs = dwa.start(x), []
+    for i, w in enumerate(weights, start=1):
+        x = dwa(i, torch.tanh(w * x), X)
+        outputs.append(x)
+    return torch.stack(outputs)
+
+
+def through_formula(pattern, alpha, x, weights):
+    """The same by the paper's formula."""
+    X, Y = [x], [x]
+    for i, w in enumerate(weights, start=1):
+        X.append(torch.tanh(w * Y[-1]))
+        js = terms(pattern, i)
+        y = X[i] if js is None else torch.zeros_like(x)
+        for j in js or []:
+            y = y + alpha[i - 1, j] * X[j]
+        Y.append(y)
+    return torch.stack(Y[1:])
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 5, 48])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_dwa_is_the_formula_of_the_paper(pattern, n_layer):
+    dwa = DWA(DenseFormerConfig(n_layer=n_layer, dwa=pattern)).double()
+    randomise(dwa)
+    with torch.no_grad():
+        dwa.alpha /= 1 + n_layer**0.5
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(n_layer, 4, dtype=torch.float64, requires_grad=True)
+    alpha = dwa.alpha.detach().clone().requires_grad_()
+    ours, paper = through_dwa(dwa, x, weights), through_formula(pattern, alpha, x, weights)
+    torch.testing.assert_close(ours, paper, rtol=1e-10, atol=1e-10)
+
+    seed = torch.randn_like(ours)
+    inputs = [x, weights] + ([dwa.alpha] if dwa.num_params() else [])
+    ours = torch.autograd.grad(ours, inputs, seed)
+    paper = torch.autograd.grad(paper, [x, weights, alpha][: len(inputs)], seed)
+    torch.testing.assert_close(ours, paper, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("pattern", ["1x1", "2x1", "3x2"])
+def test_gradients_are_finite_differences(pattern):
+    dwa = DWA(DenseFormerConfig(n_layer=4, dwa=pattern)).double()
+    randomise(dwa)
+    x = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    alpha = dwa.alpha.detach().clone().requires_grad_()
+
+    def function(x, weights, alpha):
+        dwa.alpha = None  # a parameter's place takes no plain tensor
+        del dwa.alpha
+        dwa.alpha = alpha
+        return through_dwa(dwa, x, weights)
+
+    assert torch.autograd.gradcheck(function, (x, weights, alpha))
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 5, 48])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_mask(pattern, n_layer):
+    mask = dwa_mask(pattern, n_layer)
+    assert mask.shape == (n_layer, n_layer + 1)
+    for i in range(1, n_layer + 1):
+        expected = terms(pattern, i) or [i]
+        assert mask[i - 1].nonzero().flatten().tolist() == expected
+
+
+def test_mask_of_the_papers_example():
+    # k = p = 4 (section 3.2): DWA_8 sees X_0, X_4, X_8, never X_5, the first to have used Y_4.
+    assert dwa_mask("4x4", 8)[7].nonzero().flatten().tolist() == [0, 4, 8]
+    assert dwa_mask("4x5", 10)[9].nonzero().flatten().tolist() == [2, 6, 10]
+
+
+def test_any_mask_can_be_set():
+    dwa = DWA(DenseFormerConfig(n_layer=3))
+    mask = torch.tensor([[0, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    dwa.set_mask(mask)
+    assert dwa.num_params() == 3
+    assert dwa.alpha.tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    for wrong in (mask.T, torch.ones(3, 4).bool(), torch.zeros(3, 4).bool()):
+        with pytest.raises(ValueError, match="mask"):
+            dwa.set_mask(wrong)
+    other = DWA(DenseFormerConfig(n_layer=3))
+    other.load_state_dict(dwa.state_dict())
+    assert other.sources == dwa.sources
+
+
+def test_number_of_parameters():
+    for n_layer in (1, 2, 5, 48, 72):
+        dwa = DWA(DenseFormerConfig(n_layer=n_layer))
+        assert dwa.num_params() == n_layer * (n_layer + 3) // 2  # paper, section 3
+    assert DWA(DenseFormerConfig(n_layer=48)).num_params() == 1224
+
+    # The paper's models are too big to build here, but each block has the same size.
+    def params(n_layer):
+        config = DenseFormerConfig(n_layer=n_layer, dwa="none")
+        return DenseFormer(config).num_params()
+
+    one, two = params(1), params(2)
+    for n_layer, millions in ((48, 378.45), (64, 491.72), (72, 548.35), (90, 675.78)):  # Table 1
+        assert round((one + (n_layer - 1) * (two - one)) / 1e6, 2) == millions
+    assert tiny("1x1").num_params() - tiny("none").num_params() == 5 * 8 // 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_masked_is_never_trained(optimizer):
+    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    model = tiny("2x3", n_layer=6).float()
+    before = model.dwa.alpha.detach().clone()
+    optimizers = model.configure_optimizers(1e-2, weight_decay=10.0, optimizer=optimizer)
+    for _ in range(3):
+        idx = torch.randint(17, (2, 8))
+        model(idx, idx)[1].backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+    trained = torch.zeros(6, 7, dtype=torch.bool)
+    trained[2, [1, 3]] = trained[5, [0, 2, 4, 6]] = True
+    after = model.dwa.alpha.detach()
+    assert torch.equal(after[~trained], before[~trained])
+    assert (after[trained] != before[trained]).all()
+    # Not decayed either: a decay of 10 x 1e-2 x 3 steps would have taken a quarter of each.
+    assert (after - before).abs().max() < 0.05
+
+
+def test_decay_is_for_the_matrices_and_the_embedding():
+    model = tiny(bias=True)
+    (adamw,) = model.configure_optimizers(1e-3, weight_decay=0.1)
+    decayed = {id(p) for g in adamw.param_groups if g["weight_decay"] for p in g["params"]}
+    for name, p in model.named_parameters():
+        matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight", "wte.weight"))
+        assert (id(p) in decayed) == matrix, name
+    groups = [p for g in adamw.param_groups for p in g["params"]]
+    assert len({id(p) for p in groups}) == len(groups) == len(list(model.parameters()))
+
+
+def test_bfloat16_is_summed_in_float32():
+    dwa = DWA(DenseFormerConfig(n_layer=48))
+    with torch.no_grad():
+        dwa.alpha[-1] = 1.0
+    X = dwa.start(torch.full((1, 1, 64), 256.0, dtype=torch.bfloat16))
+    for i in range(1, 48):
+        dwa(i, torch.full((1, 1, 64), 1.0, dtype=torch.bfloat16), X)
+    y = dwa(48, torch.full((1, 1, 64), 1.0, dtype=torch.bfloat16), X)
+    # In bfloat16, 256 + 1 = 256: a sum kept in it would never leave 256.
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, torch.full_like(y, 256.0 + 48.0))
+
+
+def test_autocast_keeps_the_stream_in_bfloat16_and_alpha_in_float32():
+    model = tiny("1x1").float()
+    seen = []
+    model.blocks[3].register_forward_hook(lambda m, i, o: seen.extend((i[0].dtype, o.dtype)))
+    idx = torch.randint(17, (2, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(idx, idx)
+    loss.backward()
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert model.dwa.alpha.dtype == model.dwa.alpha.grad.dtype == torch.float32
+    full, _ = model(idx, idx)
+    torch.testing.assert_close(logits.float(), full, rtol=0.1, atol=0.1)
+
+
+# -----------------------------------------------------------------------------
+# The model, against a Transformer written separately
+
+
+def reference_logits(model, idx, pattern):
+    """All logits, from the weights of the model and the textbook's formulas, in numpy."""
+    c = model.config
+    w = {name: p.detach().numpy() for name, p in model.state_dict().items()}
+    n_head, hs = c.n_head, c.n_embd // c.n_head
+    T = idx.shape[1]
+
+    def norm(x, name):
+        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        y = (x - mean) / np.sqrt(var + 1e-5) * w[name + ".weight"]
+        return y + w.get(name + ".bias", 0.0)
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0.0)
+
+    def turn(x):  # (T, hs): channel pairs as complex numbers, multiplied by e^(i t theta)
+        z = x[:, : hs // 2] + 1j * x[:, hs // 2 :]
+        theta = 10000.0 ** (-2 * np.arange(hs // 2) / hs)
+        z = z * np.exp(1j * np.arange(T)[:, None] * theta)
+        return np.concatenate([z.real, z.imag], axis=1)
+
+    def attention(x, name):
+        heads = []
+        qkv = linear(x, name + ".c_attn").reshape(T, 3, n_head, hs)
+        for h in range(n_head):
+            q, k, v = qkv[:, 0, h], qkv[:, 1, h], qkv[:, 2, h]
+            scores = turn(q) @ turn(k).T / math.sqrt(hs)
+            scores[np.triu_indices(T, 1)] = -np.inf
+            p = np.exp(scores - scores.max(1, keepdims=True))
+            heads.append(p / p.sum(1, keepdims=True) @ v)
+        return linear(np.concatenate(heads, 1), name + ".c_proj")
+
+    def mlp(x, name):
+        h = linear(x, name + ".c_fc")
+        erf = np.vectorize(math.erf)
+        return linear(h * 0.5 * (1 + erf(h / math.sqrt(2))), name + ".c_proj")
+
+    logits = []
+    for row in idx.numpy():
+        X = [w["wte.weight"][row]]
+        y = X[0]
+        for i in range(1, c.n_layer + 1):
+            x = y + attention(norm(y, f"blocks.{i - 1}.ln_1"), f"blocks.{i - 1}.attn")
+            X.append(x + mlp(norm(x, f"blocks.{i - 1}.ln_2"), f"blocks.{i - 1}.mlp"))
+            js = terms(pattern, i)
+            y = X[i] if js is None else sum(w["dwa.alpha"][i - 1, j] * X[j] for j in js)
+        logits.append(norm(y, "ln_f") @ w["wte.weight"].T)
+    return torch.from_numpy(np.stack(logits))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pattern", ["none", "1x1", "2x1", "3x2"])
+def test_model_is_the_reference(pattern, bias):
+    model = tiny(pattern, bias=bias)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p is not model.dwa.alpha:
+                p.add_(torch.randn_like(p) * 0.2)  # norms and biases too
+    # The angles were made in float32; in float64 the comparison shall not end at their rounding.
+    theta = 10000.0 ** (-torch.arange(0, 4, 2).double() / 4)
+    angle = torch.outer(torch.arange(8).double(), theta)
+    rotary = torch.stack((angle.cos(), angle.sin()))
+    torch.testing.assert_close(model.rotary.double(), rotary, atol=1e-6, rtol=0)
+    model.rotary = rotary
+    idx = torch.randint(17, (2, 8))
+    targets = torch.randint(17, (2, 8))
+    expected = reference_logits(model, idx, pattern)
+    logits, loss = model(idx, targets)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    p = expected.softmax(-1).gather(-1, targets[..., None])
+    assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-6)
+    last, none = model(idx)
+    assert none is None
+    torch.testing.assert_close(last, expected[:, -1:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_at_initialisation_it_is_the_plain_transformer(pattern):
+    config = {"vocab_size": 17, "block_size": 8, "n_head": 2, "n_embd": 8, "n_layer": 5}
+    model = DenseFormer(DenseFormerConfig(**config, dwa=pattern))
+    plain = DenseFormer(DenseFormerConfig(**config, dwa="none"))
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("dwa.")}
+    plain.load_state_dict(weights, strict=False)
+    idx = torch.randint(17, (3, 8))
+    assert torch.equal(model(idx, idx)[0], plain(idx, idx)[0])
+
+
+def test_initialisation_is_gpt2s():
+    torch.manual_seed(0)
+    model = DenseFormer(DenseFormerConfig(vocab_size=512, n_layer=8, n_head=4, n_embd=256))
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert p.std().item() == pytest.approx(0.02 / 4, rel=0.02), name  # sqrt(2 * 8) = 4
+        elif p.dim() == 2 and name != "dwa.alpha":
+            assert p.std().item() == pytest.approx(0.02, rel=0.02), name
+    assert model.lm_head.weight is model.wte.weight
+    idx = torch.randint(512, (4, 64))
+    assert model(idx, idx.roll(1))[1].item() == pytest.approx(math.log(512), abs=0.1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_later_token_never_changes_an_earlier_logit(pattern):
+    model = tiny(pattern)
+    idx = torch.randint(17, (1, 8))
+    before, _ = model(idx, idx)
+    for t in range(8):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % 17
+        after, _ = model(changed, idx)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+def test_targets_of_minus_one_do_not_count():
+    model = tiny()
+    idx, targets = torch.randint(17, (1, 8)), torch.randint(17, (1, 8))
+    targets[0, 3:] = -1
+    logits, loss = model(idx, targets)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[0, :3], targets[0, :3]).item())
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({"n_embd": 10, "n_head": 3}, "n_embd"),
+        ({"n_embd": 6, "n_head": 2}, "even"),
+        ({"n_layer": 0}, "n_layer"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dwa": "0x1"}, "dwa"),
+        ({"dwa": "1x0"}, "dwa"),
+        ({"dwa": "dense"}, "dwa"),
+        ({"dwa": "1x1x1"}, "dwa"),
+        ({"dwa": "-1x1"}, "dwa"),
+        ({"dwa_impl": "magic"}, "dwa_impl"),
+    ],
+)
+def test_a_config_that_is_no_model_is_refused(flags, names):
+    with pytest.raises(ValueError, match=names):
+        DenseFormerConfig(**flags)
+
+
+def test_more_tokens_than_block_size_are_refused():
+    with pytest.raises(ValueError, match="block_size"):
+        tiny()(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_deepcopy_and_pickle():
+    model = tiny("2x1")
+    idx = torch.randint(17, (1, 8))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(idx)[0], model(idx)[0])
+        assert twin.lm_head.weight is twin.wte.weight
+
+
+# -----------------------------------------------------------------------------
+# Generation
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 8, 13])  # block_size is 8
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_cached_generation_is_the_full_context_recomputed(pattern, prompt):
+    model = tiny(pattern).float()
+    idx = torch.randint(17, (3, prompt))
+    logits = []
+    model.lm_head.register_forward_hook(lambda m, i, o: logits.append(o[:, -1]))
+    ours = model.generate(idx, 12, temperature=0)
+    cached, expected = logits[:], idx
+    for t in range(12):
+        full = model(expected[:, -8:])[0][:, -1]
+        torch.testing.assert_close(cached[t], full, rtol=1e-4, atol=1e-5)
+        expected = torch.cat((expected, full.argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(ours, expected)
+
+
+def test_cache_takes_several_tokens_at_once():
+    from denseformer import KVCache
+
+    model = tiny()
+    idx = torch.randint(17, (2, 8))
+    cache = KVCache(model.config, 2, idx.device, torch.float64)
+    for part in idx.split((3, 1, 4), dim=1):
+        logits, _ = model(part, cache=cache)
+    torch.testing.assert_close(logits, model(idx)[0], rtol=1e-9, atol=1e-9)
+
+
+def test_stream_is_generate():
+    model = tiny(dropout=0.5).train()
+    idx = torch.randint(17, (2, 4))
+    options = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    tokens = list(model.stream(idx, 6, **options, generator=torch.Generator().manual_seed(1)))
+    whole = model.generate(idx, 6, **options, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.cat((idx, *tokens), dim=1), whole)
+    assert model.training  # as it was, though without dropout in between
+    assert model.generate(idx, 0).equal(idx)
+
+
+def test_draw():
+    p = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    logits = p.log().repeat(20000, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(**options):
+        options = {"temperature": 1.0, "top_k": None, "top_p": None} | options
+        ids = draw(logits, **options, generator=generator)
+        return ids.flatten().bincount(minlength=4) / len(logits)
+
+    close = {"atol": 0.015, "rtol": 0}
+    torch.testing.assert_close(frequencies(), p[0], **close)
+    torch.testing.assert_close(frequencies(temperature=0.5), (p**2 / (p**2).sum())[0], **close)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([0, 4, 0, 3]) / 7, **close)
+    torch.testing.assert_close(frequencies(top_k=99), p[0], **close)
+    # 0.4 + 0.3 falls short of 0.75, so 0.2 belongs to the smallest set that reaches it.
+    torch.testing.assert_close(frequencies(top_p=0.75), torch.tensor([0, 4, 2, 3]) / 9, **close)
+    for greedy in ({"temperature": 0.0}, {"temperature": 1e-30}, {"top_k": 1}, {"top_p": 1e-9}):
+        assert frequencies(**greedy).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [({"temperature": -1}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 0}, "top_p"),
+     ({"top_p": 1.5}, "top_p"), ({"idx": torch.zeros(1, 0).long()}, "prompt")],
+)  # fmt: skip
+def test_generation_refuses_what_makes_no_sense(options, names):
+    options = {"idx": torch.zeros(1, 1).long(), "max_new_tokens": 1} | options
+    with pytest.raises(ValueError, match=names):
+        tiny().generate(**options)
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+def test_tokenizers_give_back_what_they_took():
+    text = "Häßlich?\r\n\tJa — 𝄞!\x00"
+    for tokenizer in (CharTokenizer("".join(sorted(set(text)))), ByteTokenizer()):
+        for twin in (tokenizer, from_state(json.loads(json.dumps(tokenizer.state())))):
+            ids = twin.encode(text)
+            assert ids.ndim == 1
+            assert ids.max() < twin.vocab_size
+            assert twin.decode(ids.tolist()) == text
+    assert ByteTokenizer().decode([0xC3]) == "\ufffd"
+
+
+def test_an_unknown_character_is_named():
+    with pytest.raises(data.DataError, match=r"'x' \(number 3 "):
+        CharTokenizer("ab").encode("abxz")
+    with pytest.raises(data.DataError, match="kind 'bpe-of-2031'"):
+        from_state({"kind": "bpe-of-2031"})
+
+
+def test_own_text_is_characters_or_bytes(tmp_path, monkeypatch):
+    file = tmp_path / "my.txt"
+    file.write_bytes("naïve\r\n".encode() * 30)
+    dataset = data.load(str(file), block_size=8)
+    assert dataset.tokenizer.state() == {"kind": "char", "chars": "\n\raenvï"[:3] + "envï"}
+    assert len(dataset.train) + len(dataset.val) == 7 * 30
+    assert dataset.tokenizer.decode(dataset.train[:7].tolist()) == "naïve\r\n"
+
+    text = "".join(chr(0x4E00 + n) for n in range(300))  # 300 different characters
+    file.write_text(text)
+    many = data.load(str(file), block_size=8)
+    assert many.tokenizer.state() == {"kind": "byte"}
+    monkeypatch.setattr(textfile, "LARGE", 100)
+    large = data.load(str(file), block_size=8)
+    assert isinstance(large.train, np.memmap)
+    for d in (many, large):
+        both = np.concatenate((d.train, d.val))
+        assert len(d.train) == 810
+        assert d.tokenizer.decode(both.tolist()) == text
+    assert large.fingerprint() == many.fingerprint() != dataset.fingerprint()
+
+
+@pytest.mark.parametrize("large", [1, 10**8])
+def test_a_file_that_is_no_text_is_refused(tmp_path, monkeypatch, large):
+    monkeypatch.setattr(textfile, "LARGE", large)
+    file = tmp_path / "my.txt"
+    cut = ("é" * 99).encode()[:-1]
+    wrong = {b"": "empty", b"abc" * 3: "too short", b"abc\xff" * 99: "0xff", cut: "UTF-8"}
+    for content, reason in wrong.items():
+        file.write_bytes(content)
+        with pytest.raises(data.DataError, match=reason):
+            data.load(str(file), block_size=16)
+    with pytest.raises(data.DataError, match="folder"):
+        data.load(str(tmp_path), block_size=16)
+    with pytest.raises(data.DataError, match="did you mean shakespeare"):
+        data.load("shakspeare", block_size=16)
+
+
+# A web server on this machine that answers as it is told, one word for each request.
+
+CONTENT = b"To be, or not to be, that is the question:\n" * 50
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setenv("DENSEFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "BACKOFF", 0.01)
+    monkeypatch.setattr(download, "TIMEOUT", (2.0, 0.5))
+    release = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            word = httpd.script.pop(0)
+            httpd.requests += 1
+            if isinstance(word, int):
+                self.send_error(word)
+                return
+            self.send_response(200)
+            body = {"wrong": CONTENT[::-1], "long": CONTENT * 2}.get(word, CONTENT)
+            if word != "endless":
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                if word == "stalls":
+                    self.wfile.write(body[:100])
+                    release.wait(10)
+                elif word == "trickles":
+                    for byte in body:
+                        self.wfile.write(bytes([byte]))
+                        if release.wait(0.1):
+                            break
+                else:
+                    self.wfile.write(body[: 100 if word == "truncated" else None])
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    httpd.script, httpd.requests = [], 0
+    httpd.url = f"http://127.0.0.1:{httpd.server_port}/input.txt"
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield httpd
+    release.set()
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def fetch(server, *script, deadline=None):
+    server.script, server.requests = list(script), 0
+    return download.fetch(server.url, "file.txt", len(CONTENT), SHA256, deadline)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [["good"], [500, 503, "good"], [429, "good"], ["truncated", "good"], ["wrong", "good"],
+     ["long", "good"], ["stalls", "good"], ["endless"]],
+)  # fmt: skip
+def test_download(server, script):
+    path = fetch(server, *script)
+    assert path.read_bytes() == CONTENT
+    assert server.requests == len(script)
+    assert os.listdir(path.parent) == ["file.txt"]
+    assert fetch(server) == path  # from the cache: no request
+    assert server.requests == 0
+    path.write_bytes(CONTENT[:-1])  # a cache that went bad is fetched anew
+    assert fetch(server, "good").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "requests"),
+    [(["wrong"] * 4, "sha256", 4), (["truncated"] * 4, "broke off|bytes", 4),
+     ([500] * 4, "500", 4), ([404], "404", 1), ([403], "403", 1)],
+)  # fmt: skip
+def test_a_download_that_fails_leaves_nothing(server, script, reason, requests):
+    with pytest.raises(data.DataError, match=reason):
+        fetch(server, *script)
+    assert server.requests == requests
+    assert list(download.cache_dir().iterdir()) == []
+
+
+def test_a_download_from_nowhere(server):
+    server.url = "http://127.0.0.1:9/input.txt"
+    with pytest.raises(data.DataError, match="no connection"):
+        fetch(server)
+
+
+def test_a_local_copy_or_mirror(server, tmp_path):
+    file = tmp_path / "copy.txt"
+    file.write_bytes(CONTENT)
+    server.url = str(file)
+    assert fetch(server).read_bytes() == CONTENT
+    download.cache_dir().joinpath("file.txt").unlink()
+    file.write_bytes(CONTENT + b"!")
+    with pytest.raises(data.DataError, match="bytes"):
+        fetch(server)
+    server.url = str(tmp_path / "missing.txt")
+    with pytest.raises(data.DataError, match=r"missing\.txt"):
+        fetch(server)
+
+
+@pytest.mark.parametrize("script", [["stalls"] * 4, ["trickles"], [500] * 4])
+def test_who_named_no_data_set_gets_pydoc_when_there_is_no_network(
+    server, script, monkeypatch, capsys
+):
+    monkeypatch.setenv("SHAKESPEARE_URL", server.url)
+    monkeypatch.setattr(data, "PATIENCE", 1.0)
+    server.script = script
+    begin = time.monotonic()
+    dataset = data.load(None, block_size=64)
+    assert time.monotonic() - begin < 10  # not a speed: 50 s of trickling would be far beyond
+    assert dataset.name == "pydoc"
+    assert len(dataset.train) > 300_000
+    assert "TRAINING ON PYTHON'S LANGUAGE REFERENCE" in capsys.readouterr().out
+    assert list(download.cache_dir().iterdir()) == []
+
+
+def test_a_named_data_set_is_never_replaced(server, monkeypatch):
+    monkeypatch.setenv("SHAKESPEARE_URL", server.url)
+    server.script = [404]
+    with pytest.raises(data.DataError, match="404"):
+        data.load("shakespeare", block_size=64)
+
+
+@pytest.mark.parametrize("block_size", [7, 16, 64])
+def test_validation_predicts_each_token_once(block_size):
+    tokens = np.random.default_rng(0).integers(17, size=333)
+    model = tiny("1x1", block_size=block_size)
+    config = train.TrainConfig(batch_size=4, block_size=block_size, eval_iters=1000)
+    cpu, plain = torch.device("cpu"), contextlib.nullcontext()
+    ours = train.evaluate(model, tokens, config, cpu, plain, [])
+    total = 0.0
+    for s in range(0, 332, block_size):
+        x, y = tokens[s : s + block_size], tokens[s + 1 : s + block_size + 1]
+        logits = model(torch.tensor(x[None, : len(y)]), torch.tensor(y[None]))[0]
+        total += F.cross_entropy(logits[0], torch.tensor(y), reduction="sum").item()
+    assert ours == pytest.approx(total / 332, rel=1e-6)
+
+    config.eval_iters = 1
+    sampled = train.evaluate(model, tokens, config, cpu, plain, [])
+    assert sampled == train.evaluate(model, tokens, config, cpu, plain, []) != ours
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    tokens = np.arange(100, dtype=np.uint8)
+    config = train.TrainConfig(batch_size=64, block_size=8, seed=1)
+    cpu = torch.device("cpu")
+    x, y = train.get_batch(tokens, config, 5, 0, cpu)
+    assert torch.equal(x, train.get_batch(tokens, config, 5, 0, cpu)[0])
+    assert torch.equal(y, x + 1)  # the token that follows, and never beyond the end
+    assert x.min() == 0  # the first window and the last are drawn too
+    assert y.max() == 99
+    for other in ((6, 0), (5, 1)):
+        assert not torch.equal(x, train.get_batch(tokens, config, *other, cpu)[0])
+
+
+# -----------------------------------------------------------------------------
+# The scripts
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "my.txt"
+    words = np.random.default_rng(0).choice(["to ", "be ", "or ", "not\n", "that "], 2000)
+    file.write_text("".join(words))
+    return str(file)
+
+
+SMALL = {
+    "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "device": "cpu",
+    "max_iters": 40, "eval_interval": 10, "log_interval": 5, "learning_rate": 3e-3,
+}  # fmt: skip
+
+
+def flags(**settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def script(*args, **options):
+    """A script as its own process, as a user runs it, from a folder that is not its own."""
+    command = [sys.executable, str(HERE / args[0]), *args[1:]]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def weights(out_dir):
+    return common.load_checkpoint(Path(out_dir) / "last.pt")["model"]
+
+
+def losses(out_dir):
+    lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+    return [(e["step"], e.get("loss"), e.get("val_loss")) for e in lines]
+
+
+def test_train_then_sample(text, tmp_path):
+    out = tmp_path / "out"
+    run = script("train.py", *flags(**SMALL, dataset=text, out_dir=out, dwa="2x1"))
+    assert run.returncode == 0, run.stderr
+    assert "DenseFormer 2x1" in run.stdout
+    assert "what it writes now" in run.stdout
+    log = losses(out)
+    assert [s for s, loss, _ in log if loss] == list(range(5, 41, 5))
+    assert [s for s, _, val in log if val] == list(range(0, 41, 10))
+    assert log[-1][2] < log[0][2] - 0.3  # it learned
+    pytest.importorskip("matplotlib")
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    def write(*args):
+        run = script("sample.py", f"--out_dir={out}", *args)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    Path(text).unlink()  # a checkpoint needs no data set
+    once = write("--start=that", "--max_new_tokens=60")
+    assert once.startswith("that")
+    assert len(once) == 4 + 60 + 1
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("that")
+    both = write(f"--start=FILE:{prompt}", "--max_new_tokens", "60", "--num_samples", "2")
+    assert both.split("--- sample ")[1] == f"1 ---\n{once}\n"
+    assert both.split("--- sample ")[2] != f"2 ---\n{once}"
+
+
+def test_resumed_is_uninterrupted(text, tmp_path):
+    longer = SMALL | {"max_iters": 400, "gradient_accumulation_steps": 2, "dropout": 0.1}
+    same = flags(**longer, dataset=text)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert script("train.py", *same, f"--out_dir={whole}").returncode == 0
+
+    command = [sys.executable, str(HERE / "train.py"), *same, f"--out_dir={parts}"]
+    for number, after in ((signal.SIGTERM, "step     25"), (signal.SIGINT, "step    130")):
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for line in run.stdout:
+            if line.startswith(after):
+                run.send_signal(number)
+                break
+        rest = run.stdout.read()
+        assert run.wait() == 128 + number
+        assert "to go on: python train.py --resume --out_dir" in rest
+        assert common.load_checkpoint(parts / "last.pt")["step"] < 400
+        command = [sys.executable, str(HERE / "train.py"), "--resume", f"--out_dir={parts}"]
+    # What a crash wrote beyond the last checkpoint goes, a half-written line too.
+    with (parts / "log.jsonl").open("a") as log:
+        log.write('{"step": 390, "loss": 9.9}\n{"step": 39')
+    assert script(*command[1:]).returncode == 0
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(parts)[name]), name
+    assert losses(parts) == losses(whole)
+
+
+def test_an_existing_run_is_kept(text, tmp_path, monkeypatch, capsys):
+    same = flags(**SMALL | {"max_iters": 2}, dataset=text, out_dir=tmp_path / "out")
+    assert train.main(same) == 0
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    with pytest.raises(train.Stop, match=r"--resume.*--overwrite"):
+        train.main(same)
+    for wrong in ("--n_layer=4", "--seed=2", "--dataset=pydoc"):
+        with pytest.raises(SystemExit) as stop:
+            train.main([f"--out_dir={tmp_path}/out", "--resume", wrong])
+        assert stop.value.code == 2
+        assert wrong.split("=")[0] in capsys.readouterr().err
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+    Path(text).write_text("something else altogether " * 300)
+    with pytest.raises(train.Stop, match="not the data"):
+        train.main([f"--out_dir={tmp_path}/out", "--resume"])
+    assert train.main([*same, "--overwrite"]) == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(text, tmp_path):
+    out = tmp_path / "out"
+    wild = SMALL | {"learning_rate": 1e30, "optimizer": "adamw", "warmup_iters": 0}
+    with pytest.raises(train.Stop, match="learning_rate"):
+        train.main(flags(**wild, dataset=text, out_dir=out))
+    assert all(w.isfinite().all() for w in weights(out).values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--bathc_size=3"], "--batch_size"),
+        (["--max-iters=3"], "--max_iters"),
+        (["--qqq"], "--help"),
+        (["3"], "'3'"),
+        (["--max_iters=many"], "--max_iters"),
+        (["--max_iters"], "--max_iters"),
+        (["--learning_rate=nan"], "--learning_rate"),
+        (["--batch_size=0"], "--batch_size must be at least 1"),
+        (["--compile=perhaps"], "--compile"),
+        (["--dtype=int8"], "--dtype"),
+        (["--dwa=4x"], "4x"),
+        (["--n_head=3"], "n_head"),
+        (["--beta2=1"], "--beta2"),
+        (["--min_lr=1"], "--min_lr"),
+        (["--device=tpu9"], "--device"),
+        (["--resume", "--overwrite"], "--overwrite"),
+    ],
+)
+def test_a_wrong_flag_is_a_sentence(argv, says, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        train.main([f"--out_dir={tmp_path}/out", *argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_what_sample_refuses(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    train.main(flags(**SMALL | {"max_iters": 1}, dataset=text, out_dir=out))
+
+    def refuses(error, match, *argv):
+        with pytest.raises(error, match=match):
+            sample.main([f"--out_dir={out}", *argv])
+
+    refuses(SystemExit, "2", "--temperature=-1")
+    refuses(SystemExit, "2", "--top_p=0")
+    refuses(data.DataError, "'Z'", "--start=be Z")
+    refuses(data.DataError, "empty", "--start=")
+    refuses(data.DataError, "cannot read", f"--start=FILE:{tmp_path}/none.txt")
+    best = out / "best.pt"
+    whole = best.read_bytes()
+    flipped = whole[:20000] + bytes(255 - b for b in whole[20000:20008]) + whole[20008:]
+    cut = [whole[:n] for n in (0, 100, len(whole) // 2, len(whole) - 1)]
+    for content in (*cut, flipped, b"hello", pickle.dumps({"format": 1})):
+        best.write_bytes(content)
+        refuses(common.CheckpointError, "damaged")
+    torch.save({"format": "denseformer-99"}, best)
+    refuses(common.CheckpointError, "denseformer-99")
+    best.unlink()
+    refuses(common.CheckpointError, "no checkpoint")
+    run = script("sample.py", f"--out_dir={tmp_path}/nowhere")
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert "train.py" in run.stderr
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "boom"),)
+
+    torch.save({"format": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(common.CheckpointError):
+        common.load_checkpoint(tmp_path / "bomb.pt")
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_save_that_fails_keeps_the_checkpoint_before(tmp_path):
+    path = tmp_path / "last.pt"
+    common.save_checkpoint(path, {"step": 1})
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        common.save_checkpoint(path, {"step": 2, "rng": lambda: None})
+    assert common.load_checkpoint(path)["step"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_compiler_that_fails_is_done_without(text, tmp_path):
+    settings = SMALL | {"max_iters": 5, "n_layer": 1}
+    run = script(
+        "train.py", *flags(**settings, dataset=text, out_dir=tmp_path / "out"), "--compile",
+        env=os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "going on without torch.compile, which fails here" in run.stdout
+    assert losses(tmp_path / "out")[-1][0] == 5
+
+
+def test_tiny_shakespeare_is_the_file_that_everybody_uses():
+    file = HERE.parent / "shared" / "data" / "tinyshakespeare.txt"
+    if not file.exists():
+        pytest.skip("no copy of Tiny Shakespeare here")
+    from data import shakespeare
+
+    content = file.read_bytes()
+    assert len(content) == shakespeare.SIZE
+    assert hashlib.sha256(content).hexdigest() == shakespeare.SHA256
