@@ -303,8 +303,8 @@ class DenseFormer(nn.Module):
 
         With targets: logits of (B, T, V) and the mean cross-entropy in nats, a target of -1
         not counting. Without: logits of the last position only, (B, 1, V), and None. With a
-        cache, idx continues the tokens that are in it. Raises ValueError for more tokens than
-        block_size.
+        cache, which takes torch.no_grad, idx continues the tokens that are in it. Raises
+        ValueError for more tokens than block_size.
         """
         T = idx.size(1)
         past = cache.length if cache else 0

@@ -53,16 +53,16 @@ class TrainConfig:
     overwrite: bool = flag(False, "begin anew although out_dir holds a run")
     # model
     n_layer: int = flag(4, "blocks", low=1)
-    n_head: int = flag(4, "attention heads of a block", low=1)
+    n_head: int = flag(2, "attention heads of a block", low=1)
     n_embd: int = flag(128, "channels", low=1)
-    block_size: int = flag(64, "tokens of context", low=1)
+    block_size: int = flag(128, "tokens of context", low=1)
     dropout: float = flag(0.0, "dropout probability", low=0.0)
     bias: bool = flag(False, "biases in linear layers and norms")
     dwa: str = flag("1x1", "depth-weighted averages: dilation x period as in 4x5, or none")
     dwa_impl: str = flag("naive", "how they are computed")
     # optimization
-    max_iters: int = flag(1200, "steps of the optimizer", low=1)
-    batch_size: int = flag(16, "sequences that go through the model at once", low=1)
+    max_iters: int = flag(850, "steps of the optimizer", low=1)
+    batch_size: int = flag(12, "sequences that go through the model at once", low=1)
     gradient_accumulation_steps: int = flag(1, "times batch_size that make a step", low=1)
     optimizer: str = flag(
         "muon",
@@ -71,13 +71,13 @@ class TrainConfig:
     )
     learning_rate: float = flag(1e-2, "at its highest", low=0.0)
     min_lr: float = flag(0.0, "at the end", low=0.0)
-    warmup_iters: int = flag(60, "steps of rising learning rate; then it falls as a cosine", low=0)
-    weight_decay: float = flag(0.1, "of matrices and embedding; the alphas have none", low=0.0)
+    warmup_iters: int = flag(50, "steps of rising learning rate; then it falls as a cosine", low=0)
+    weight_decay: float = flag(0.3, "of matrices and embedding; the alphas have none", low=0.0)
     beta1: float = flag(0.9, "AdamW's decay of the gradient's mean", low=0.0)
     beta2: float = flag(0.95, "AdamW's decay of its square's mean", low=0.0)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0.0)
     # evaluation and logs
-    eval_interval: int = flag(200, "steps from one validation and checkpoint to the next", low=1)
+    eval_interval: int = flag(250, "steps from one validation and checkpoint to the next", low=1)
     eval_iters: int = flag(
         200, "batches of a validation at most; a smaller split is used whole", low=1
     )
@@ -103,7 +103,7 @@ PRESETS = {
     "gpu": {
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2,
         "max_iters": 5000, "batch_size": 64, "optimizer": "adamw", "learning_rate": 1e-3,
-        "min_lr": 1e-4, "warmup_iters": 100, "beta2": 0.99, "eval_interval": 250,
+        "min_lr": 1e-4, "warmup_iters": 100, "weight_decay": 0.1, "beta2": 0.99,
     },
 }  # fmt: skip
 
