@@ -48,7 +48,7 @@ class DenseFormerConfig:
     dropout: float = 0.0
     bias: bool = False  # in the linear layers and the norms
     dwa: str = "1x1"  # dilation x period as in the paper, or "none": the plain Transformer
-    dwa_impl: str = "naive"  # how the DWA is computed
+    dwa_impl: str = "inplace"  # or "naive": the same, as the formula stands
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -63,8 +63,8 @@ class DenseFormerConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.dwa_impl != "naive":
-            raise ValueError(f"dwa_impl must be 'naive', not {self.dwa_impl!r}")
+        if self.dwa_impl not in ("inplace", "naive"):
+            raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {self.dwa_impl!r}")
         dwa_mask(self.dwa, self.n_layer)  # raises for a pattern that it does not know
 
 
@@ -101,15 +101,20 @@ class DWA(nn.Module):
     outside the mask are 0 and those of a row without a DWA are the identity; neither is ever
     trained. A pass through the depth of the model is
 
-        X = dwa.start(X_0)
+        Y_0, X = dwa.start(X_0)
         Y_i = dwa(i, X_i, X)      for i = 1..L
 
     where X is all that this pass remembers. The module itself remembers nothing of it.
+
+    dwa_impl "naive" is the formula as it stands; "inplace" computes the same with a fraction of
+    the memory traffic, for every k x p. Other masks, which set_mask allows, take the naive way.
     """
 
     def __init__(self, config: DenseFormerConfig):
         super().__init__()
         L = config.n_layer
+        self.impl, self.pattern = config.dwa_impl, config.dwa
+        self.tile = None  # rows of an in-place tile, chosen by InPlacePass unless set
         self.alpha = nn.Parameter(torch.eye(L + 1)[1:].clone())  # alpha[i, i] = 1: Y_i = X_i
         self.register_buffer("mask", torch.eye(L + 1, dtype=torch.bool)[1:].clone())
         self.set_mask(dwa_mask(config.dwa, L))
@@ -136,8 +141,11 @@ class DWA(nn.Module):
     def _read_mask(self):
         # The mask in a form that needs no look at the device: for each row its columns j, and
         # none at all where the diagonal is alone, which is no DWA.
-        rows = [row.nonzero().flatten().tolist() for row in self.mask.cpu()]
+        mask = self.mask.cpu()
+        rows = [row.nonzero().flatten().tolist() for row in mask]
         self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
+        self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
+        self.is_kxp = torch.equal(mask, dwa_mask(self.pattern, len(rows)))
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -147,20 +155,202 @@ class DWA(nn.Module):
         """The number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
         return sum(map(len, self.sources))
 
-    def start(self, x: Tensor) -> list[Tensor]:
-        """Begin a pass with X_0, of (B, T, C); returns the memory of this pass."""
-        return [x]
+    def start(self, x: Tensor) -> "tuple[Tensor, dict[int, Tensor] | InPlacePass]":
+        """Begin a pass with X_0, of (B, T, C); returns Y_0 and the memory of this pass."""
+        if self.needed and self.is_kxp and self.impl == "inplace":
+            X = InPlacePass(self, x)
+            return X.step(0, x), X
+        return x, {0: x}
 
-    def forward(self, i: int, x: Tensor, X: list[Tensor]) -> Tensor:
+    def forward(self, i: int, x: Tensor, X: "dict[int, Tensor] | InPlacePass") -> Tensor:
         """Take X_i, the output of block i = 1..L; return Y_i. Both are (B, T, C)."""
-        X.append(x)
-        sources = self.sources[i - 1]
-        if not sources:
+        if isinstance(X, InPlacePass):
+            return X.step(i, x)
+        if i in self.needed:
+            X[i] = x
+        if not self.sources[i - 1]:
             return x
         # A sum over many terms is kept in float32 at least, whatever the activations are.
         dtype = torch.promote_types(x.dtype, torch.float32)
         alpha = self.alpha[i - 1].to(dtype)
-        return sum(alpha[j] * X[j].to(dtype) for j in sources).to(x.dtype)
+        return sum(alpha[j] * X[j].to(dtype) for j in self.sources[i - 1]).to(x.dtype)
+
+
+# In-place DWA. A DWA does almost no arithmetic: its cost is memory traffic. Let an activation be
+# N = B T C numbers and count activations read or written, for 1x1 and L blocks. The formula reads
+# i + 1 of them for Y_i, about L^2/2 in all, and autograd's backward reads and rewrites several
+# times that, for row i adds its share to the gradient of every earlier X. Three ideas:
+#
+# 1. One buffer. Block i's output goes into row i of X, (L + 1, N), and Y_i is one product of a
+#    vector and a matrix, alpha[i, :i+1] @ X[:i+1].
+#
+# 2. The backward of a DWA is a DWA in reverse. With G_m = dLoss/dY_m,
+#        dLoss/dX_j         = sum over m >= j of alpha[m, j] G_m
+#        dLoss/dalpha[m, j] = <G_m, X_j>
+#    When the backward pass comes to step j, it knows every G_m with m >= j. So keep the G and form
+#    each dX_j once.
+#
+# 3. Tiles. The alphas of later rows are known before the rows are needed. On entering a tile, the
+#    rows s..s+b-1, one matrix product alpha[s:s+b, :s] @ X[:s] brings all its rows up to X_{s-1},
+#    reading each old X once instead of b times; then each row adds its newest terms, b at most:
+#
+#             j = 0 . . . . . . . s . . . L
+#        i = 1    = =                           = = =  row by row, inside its tile
+#            .    = = =
+#            s    # # # # # # # # =             # # #  one product for the tile
+#            .    # # # # # # # # = =
+#
+#    Likewise in reverse for G, and dalpha is one product a tile. That makes L^2/(2b) + L b/2
+#    activations instead of L^2/2, least for b near sqrt(L). Once a tile's dalpha is formed nobody
+#    reads its X again, and its G take their place in the buffer.
+#
+# A DWA of dilation k is k dense ones, each with the X_j of one residue j mod k. So X is laid out
+# residue by residue, and what follows speaks of one residue's chain, whose position m is X_{r+mk}.
+# With a period p, the rows that have a DWA are the positions first, first + stride, ... of a chain;
+# a tile is b of these, and the positions up to the next tile.
+
+
+class InPlacePass:
+    """The memory of one pass through a k x p DenseFormer: X on the way up, G on the way down."""
+
+    def __init__(self, dwa: DWA, x: Tensor):
+        self.k, period = map(int, dwa.pattern.split("x"))
+        self.dwa, self.has_dwa = dwa, [False, *map(bool, dwa.sources)]
+        n = len(self.has_dwa)
+        chains = [range(r, n, self.k) for r in range(self.k)]
+        self.first = [next((m for m, i in enumerate(c) if self.has_dwa[i]), n) for c in chains]
+        self.stride = math.lcm(self.k, period) // self.k
+        rows = math.ceil(len(chains[0]) / self.stride)  # of a chain that have a DWA
+        small = x.numel() < 1 << 14  # then the number of operations counts, not the traffic
+        self.b = dwa.tile or (rows if small else math.ceil(math.sqrt(rows)))
+        # alpha as a square whose row 0 is X_0; a row without a DWA is 0 here
+        alpha = F.pad(dwa.alpha.detach(), (0, 0, 1, 0)).to(
+            torch.promote_types(x.dtype, torch.float32)
+        )
+        alpha = alpha * torch.tensor(self.has_dwa, device=x.device)[:, None]
+        self.alpha = [alpha[r :: self.k, r :: self.k] for r in range(self.k)]
+        self.dalpha = torch.zeros_like(alpha)
+        self.X = list(x.new_empty(n, x.numel()).split([len(c) for c in chains]))
+        self.tiles = [None] * self.k  # of each chain: the tile it is in, and what is ready for it
+        self.lowest = None  # the first step that has a gradient
+        self.last = None  # the step that the backward pass did last
+        self.link = dwa.alpha
+
+    def step(self, i: int, x: Tensor) -> Tensor:
+        """X_i -> Y_i, of any one shape."""
+        if not torch.is_grad_enabled():
+            return self.up(i, x)
+        if self.lowest is None and (x.requires_grad or self.link.requires_grad):
+            self.lowest = i
+        y, self.link = InPlaceStep.apply(x, self.link, i, self)
+        return y
+
+    def place(self, i: int) -> tuple[int, int, int, int, int]:
+        """Of step i: chain, position, tile, and the tile's first position and first DWA row."""
+        r, m = i % self.k, i // self.k
+        q = max(0, (m - self.first[r]) // (self.b * self.stride))
+        row = self.first[r] + q * self.b * self.stride
+        return r, m, q, row if q else 0, row
+
+    def up(self, i: int, x: Tensor) -> Tensor:
+        r, m, q, lo, row = self.place(i)
+        alpha, X = self.alpha[r], self.X[r]
+        if i in self.dwa.needed:
+            X[m] = x.flatten()
+        if not self.has_dwa[i]:
+            return x
+        if q and (self.tiles[r] is None or self.tiles[r][0] != q):
+            rows = slice(row, row + self.b * self.stride, self.stride)
+            self.tiles[r] = q, matmul(alpha[rows, :lo], X[:lo])  # sum over j < lo, (b, N)
+        y = matmul(alpha[m : m + 1, lo : m + 1], X[lo : m + 1])[0]  # sum over j >= lo
+        if q:
+            y += self.tiles[r][1][(m - row) // self.stride]
+        return y.view_as(x).to(x.dtype)
+
+    def down(self, i: int, G: Tensor) -> Tensor:
+        """G_i = dLoss/dY_i -> dLoss/dX_i. Steps come in falling order, each once."""
+        if self.X is None or (self.last is not None and i != self.last - 1):
+            raise RuntimeError(
+                "the in-place DWA goes backward through a forward pass once, because it overwrites "
+                "its memory on the way; for more, set dwa_impl='naive'"
+            )
+        if self.last is None:  # no step beyond i has a gradient
+            self.tiles = [None] * self.k
+            self.top = i
+        self.last = i
+        r, m, q, lo, row = self.place(i)
+        alpha, X, stride = self.alpha[r], self.X[r], self.stride
+        end = (self.top - r) // self.k + 1  # of the positions that have a gradient
+        hi = row + self.b * stride  # where the next tile begins
+        dX = None
+        if i in self.dwa.needed:
+            if self.tiles[r] is None or self.tiles[r][0] != q:
+                late = slice(hi, end, stride)  # later tiles: there X already holds G
+                ready = matmul(alpha[late, lo:hi].T, X[late]) if hi < end else None
+                self.tiles[r] = q, ready, X.new_empty(self.b, X.size(1))
+            _, ready, tile_G = self.tiles[r]
+            if self.has_dwa[i]:
+                tile_G[(m - row) // stride] = G.flatten()
+            # The rows of this tile at m or beyond
+            now = range(row, min(hi, end), stride)
+            t = max(0, math.ceil((m - row) / stride))
+            if now[t:]:
+                rows = slice(now[t], min(hi, end), stride)
+                dX = matmul(alpha[rows, m : m + 1].T, tile_G[t : len(now)])[0]
+                if ready is not None:
+                    dX += ready[m - lo]
+            elif ready is not None:
+                dX = ready[m - lo]
+            if m == row:  # every G of the tile is known
+                if self.dwa.alpha.requires_grad:
+                    dalpha = self.dalpha[r :: self.k, r :: self.k]
+                    known = slice(row, min(hi, end), stride)
+                    dalpha[known, : now[-1] + 1] = dots(tile_G[: len(now)], X[: now[-1] + 1])
+                X[row : min(hi, end) : stride] = tile_G[: len(now)]
+        dX = G if dX is None else dX.view_as(G).to(G.dtype) + (0 if self.has_dwa[i] else G)
+        if i == self.lowest:
+            self.X = self.tiles = None
+        return dX
+
+    def alpha_gradient(self) -> Tensor:
+        return self.dalpha[1:].masked_fill(~self.dwa.mask, 0)
+
+
+class InPlaceStep(torch.autograd.Function):
+    """A step of an InPlacePass for autograd. The link makes step i + 1 go backward before step i."""
+
+    @staticmethod
+    def forward(ctx, x, link, i, memory):
+        ctx.i, ctx.memory = i, memory
+        with torch.autocast(x.device.type, enabled=False):
+            return memory.up(i, x), link.new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, G, dlink):
+        with torch.autocast(G.device.type, enabled=False):
+            dX = ctx.memory.down(ctx.i, G)
+            if ctx.i == 0:  # the link into step 0 is alpha
+                dlink = ctx.memory.alpha_gradient().to(dlink.dtype)
+        return dX, dlink, None, None
+
+
+def matmul(A: Tensor, X: Tensor) -> Tensor:
+    """A @ X, (a, s) @ (s, N), summed in the dtype of A, to which X is converted piece by piece."""
+    if X.dtype == A.dtype:
+        return A @ X
+    return torch.cat([A @ x.to(A.dtype) for x in X.split(PIECE, dim=1)], dim=1)
+
+
+def dots(G: Tensor, X: Tensor) -> Tensor:
+    """G @ X.T, (b, N) @ (N, s), summed in float32 at least."""
+    if X.dtype in (torch.float32, torch.float64):
+        return G @ X.T
+    pieces = zip(G.split(PIECE, dim=1), X.split(PIECE, dim=1), strict=True)
+    return sum(g.float() @ x.float().T for g, x in pieces)
+
+
+PIECE = 1 << 14
 
 
 # -----------------------------------------------------------------------------
@@ -316,7 +506,7 @@ class DenseFormer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # The residual stream in bfloat16 too: it is what a DWA reads, so half the bytes.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        X = self.dwa.start(x)  # x is Y_0 = X_0
+        x, X = self.dwa.start(x)  # Y_0 = X_0
         for i, block in enumerate(self.blocks, start=1):
             x = block(x, rotary, cache.layers[i - 1] if cache else None, past)  # X_i = B_i(Y_{i-1})
             x = self.dwa(i, x, X)  # Y_i = sum_j alpha[i, j] X_j

@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import requests
@@ -37,7 +36,7 @@ def fetch(url: str, name: str, size: int, sha256: str, deadline: float | None = 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if url.startswith(("http://", "https://")):
-            within(deadline, download, url, part, size, sha256)
+            within(deadline, lambda given_up: download(url, part, size, sha256, given_up))
         else:
             shutil.copyfile(url, part)
             verify(part, size, sha256)
@@ -55,8 +54,10 @@ class BadFile(Exception):
     """Something was received, and it is not the file."""
 
 
-def download(url: str, part: Path, size: int, sha256: str):
+def download(url: str, part: Path, size: int, sha256: str, given_up: threading.Event):
     for attempt in range(1, TRIES + 1):
+        if given_up.wait(BACKOFF * 2 ** (attempt - 2) if attempt > 1 else 0):
+            return
         try:
             with requests.get(url, stream=True, timeout=TIMEOUT) as response:
                 response.raise_for_status()
@@ -78,7 +79,6 @@ def download(url: str, part: Path, size: int, sha256: str):
             # The server's final word; too many requests and its own failures may pass.
             if attempt == TRIES or (status and 400 <= status < 500 and status not in (408, 429)):
                 raise BadFile(reason(error)) from None
-            time.sleep(BACKOFF * 2 ** (attempt - 1))
 
 
 def reason(error: Exception) -> str:
@@ -109,16 +109,16 @@ def digest(path: Path) -> str:
     return sha256.hexdigest()
 
 
-def within(deadline: float | None, function, *args):
-    """function(*args), given up after `deadline` seconds.
+def within(deadline: float | None, function):
+    """Call function(given_up), an event that is set if it is not done in `deadline` seconds.
 
     In a thread, for a look-up of a host name obeys no time limit and cannot be interrupted.
     """
-    failure = []
+    given_up, failure = threading.Event(), []
 
     def run():
         try:
-            function(*args)
+            function(given_up)
         except Exception as error:
             failure.append(error)
 
@@ -126,6 +126,7 @@ def within(deadline: float | None, function, *args):
     thread.start()
     thread.join(deadline)
     if thread.is_alive():
+        given_up.set()
         raise BadFile(f"not done in {deadline:.0f} seconds")
     if failure:
         raise failure[0]
