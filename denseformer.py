@@ -145,7 +145,9 @@ class DWA(nn.Module):
         rows = [row.nonzero().flatten().tolist() for row in mask]
         self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
         self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
-        self.is_kxp = torch.equal(mask, dwa_mask(self.pattern, len(rows)))
+        # The in-place algorithm is for k x 1. With a period there is little to save.
+        kx1 = self.pattern.endswith("x1") and torch.equal(mask, dwa_mask(self.pattern, len(rows)))
+        self.dense = kx1 and bool(self.needed)
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -157,7 +159,7 @@ class DWA(nn.Module):
 
     def start(self, x: Tensor) -> "tuple[Tensor, dict[int, Tensor] | InPlacePass]":
         """Begin a pass with X_0, of (B, T, C); returns Y_0 and the memory of this pass."""
-        if self.needed and self.is_kxp and self.impl == "inplace":
+        if self.impl == "inplace" and self.dense:
             X = InPlacePass(self, x)
             return X.step(0, x), X
         return x, {0: x}
@@ -204,40 +206,35 @@ class DWA(nn.Module):
 #    activations instead of L^2/2, least for b near sqrt(L). Once a tile's dalpha is formed nobody
 #    reads its X again, and its G take their place in the buffer.
 #
-# A DWA of dilation k is k dense ones, each with the X_j of one residue j mod k. So X is laid out
-# residue by residue, and what follows speaks of one residue's chain, whose position m is X_{r+mk}.
-# With a period p, the rows that have a DWA are the positions first, first + stride, ... of a chain;
-# a tile is b of these, and the positions up to the next tile.
+# A DWA of dilation k is k dense ones, one for each residue r = j mod k. X is laid out residue by
+# residue, and below m counts along one of these chains: its X[m] is X_{r + m k}.
 
 
 class InPlacePass:
-    """The memory of one pass through a k x p DenseFormer: X on the way up, G on the way down."""
+    """The memory of one pass through a k x 1 DenseFormer: X on the way up, G on the way down."""
 
     def __init__(self, dwa: DWA, x: Tensor):
-        self.k, period = map(int, dwa.pattern.split("x"))
-        self.dwa, self.has_dwa = dwa, [False, *map(bool, dwa.sources)]
-        n = len(self.has_dwa)
-        chains = [range(r, n, self.k) for r in range(self.k)]
-        self.first = [next((m for m, i in enumerate(c) if self.has_dwa[i]), n) for c in chains]
-        self.stride = math.lcm(self.k, period) // self.k
-        rows = math.ceil(len(chains[0]) / self.stride)  # of a chain that have a DWA
-        small = x.numel() < 1 << 14  # then the number of operations counts, not the traffic
-        self.b = dwa.tile or (rows if small else math.ceil(math.sqrt(rows)))
-        # alpha as a square whose row 0 is X_0; a row without a DWA is 0 here
-        alpha = F.pad(dwa.alpha.detach(), (0, 0, 1, 0)).to(
-            torch.promote_types(x.dtype, torch.float32)
-        )
-        alpha = alpha * torch.tensor(self.has_dwa, device=x.device)[:, None]
-        self.alpha = [alpha[r :: self.k, r :: self.k] for r in range(self.k)]
-        self.dalpha = torch.zeros_like(alpha)
-        self.X = list(x.new_empty(n, x.numel()).split([len(c) for c in chains]))
-        self.tiles = [None] * self.k  # of each chain: the tile it is in, and what is ready for it
-        self.lowest = None  # the first step that has a gradient
-        self.last = None  # the step that the backward pass did last
-        self.link = dwa.alpha
+        L, N = len(dwa.sources), x.numel()
+        self.k = k = int(dwa.pattern.split("x")[0])
+        chains = [len(range(r, L + 1, k)) for r in range(k)]
+        few = N < 1 << 14  # numbers: then the count of operations matters, not the traffic
+        self.b = dwa.tile or (chains[0] if few else 4 * math.ceil(math.sqrt(chains[0]) / 4))
+        # A sum of many terms is kept in float32 at least, whatever the activations are.
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        alpha = F.pad(dwa.alpha.detach(), (0, 0, 1, 0)).to(self.dtype)  # row i makes Y_i
+        alpha[:k, :k] = torch.eye(k)  # the first of each chain: Y_i = X_i
+        self.alphas = [alpha[r::k, r::k] for r in range(k)]
+        self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
+        # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
+        stored = self.dtype if x.device.type == "cpu" else x.dtype
+        self.X = x.new_empty(L + 1, N, dtype=stored).split(chains)
+        self.ready = [None] * k  # what a tile got from outside it, (b, N)
+        self.tile_G = [None] * k  # the G of a tile, (b, N)
+        self.dwa, self.link = dwa, dwa.alpha
+        self.lowest = self.last = self.top = None  # the steps that go backward, see down
 
     def step(self, i: int, x: Tensor) -> Tensor:
-        """X_i -> Y_i, of any one shape."""
+        """X_i -> Y_i; the steps are i = 0..L in this order."""
         if not torch.is_grad_enabled():
             return self.up(i, x)
         if self.lowest is None and (x.requires_grad or self.link.requires_grad):
@@ -245,79 +242,63 @@ class InPlacePass:
         y, self.link = InPlaceStep.apply(x, self.link, i, self)
         return y
 
-    def place(self, i: int) -> tuple[int, int, int, int, int]:
-        """Of step i: chain, position, tile, and the tile's first position and first DWA row."""
-        r, m = i % self.k, i // self.k
-        q = max(0, (m - self.first[r]) // (self.b * self.stride))
-        row = self.first[r] + q * self.b * self.stride
-        return r, m, q, row if q else 0, row
-
     def up(self, i: int, x: Tensor) -> Tensor:
-        r, m, q, lo, row = self.place(i)
-        alpha, X = self.alpha[r], self.X[r]
-        if i in self.dwa.needed:
-            X[m] = x.flatten()
-        if not self.has_dwa[i]:
+        r, m = i % self.k, i // self.k
+        alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
+        X[m] = x.flatten()
+        if m == 0:
             return x
-        if q and (self.tiles[r] is None or self.tiles[r][0] != q):
-            rows = slice(row, row + self.b * self.stride, self.stride)
-            self.tiles[r] = q, matmul(alpha[rows, :lo], X[:lo])  # sum over j < lo, (b, N)
-        y = matmul(alpha[m : m + 1, lo : m + 1], X[lo : m + 1])[0]  # sum over j >= lo
-        if q:
-            y += self.tiles[r][1][(m - row) // self.stride]
+        if m == lo:  # a new tile begins
+            self.ready[r] = matmul(alpha[lo : lo + self.b, :lo], X[:lo])
+        y = matmul(alpha[m, lo : m + 1], X[lo : m + 1])
+        if lo:
+            y += self.ready[r][m - lo]
         return y.view_as(x).to(x.dtype)
 
     def down(self, i: int, G: Tensor) -> Tensor:
-        """G_i = dLoss/dY_i -> dLoss/dX_i. Steps come in falling order, each once."""
-        if self.X is None or (self.last is not None and i != self.last - 1):
+        """G_i = dLoss/dY_i -> dLoss/dX_i; the steps come in falling order, each once."""
+        if self.last is None:
+            self.top = i  # above it no Y has a gradient
+            self.ready = [None] * self.k
+        elif i != self.last - 1 or self.X is None:
             raise RuntimeError(
-                "the in-place DWA goes backward through a forward pass once, because it overwrites "
-                "its memory on the way; for more, set dwa_impl='naive'"
+                "the in-place DWA goes backward through a forward pass once, for it overwrites its "
+                "memory on the way; dwa_impl='naive' can do it more often"
             )
-        if self.last is None:  # no step beyond i has a gradient
-            self.tiles = [None] * self.k
-            self.top = i
         self.last = i
-        r, m, q, lo, row = self.place(i)
-        alpha, X, stride = self.alpha[r], self.X[r], self.stride
-        end = (self.top - r) // self.k + 1  # of the positions that have a gradient
-        hi = row + self.b * stride  # where the next tile begins
-        dX = None
-        if i in self.dwa.needed:
-            if self.tiles[r] is None or self.tiles[r][0] != q:
-                late = slice(hi, end, stride)  # later tiles: there X already holds G
-                ready = matmul(alpha[late, lo:hi].T, X[late]) if hi < end else None
-                self.tiles[r] = q, ready, X.new_empty(self.b, X.size(1))
-            _, ready, tile_G = self.tiles[r]
-            if self.has_dwa[i]:
-                tile_G[(m - row) // stride] = G.flatten()
-            # The rows of this tile at m or beyond
-            now = range(row, min(hi, end), stride)
-            t = max(0, math.ceil((m - row) / stride))
-            if now[t:]:
-                rows = slice(now[t], min(hi, end), stride)
-                dX = matmul(alpha[rows, m : m + 1].T, tile_G[t : len(now)])[0]
-                if ready is not None:
-                    dX += ready[m - lo]
-            elif ready is not None:
-                dX = ready[m - lo]
-            if m == row:  # every G of the tile is known
-                if self.dwa.alpha.requires_grad:
-                    dalpha = self.dalpha[r :: self.k, r :: self.k]
-                    known = slice(row, min(hi, end), stride)
-                    dalpha[known, : now[-1] + 1] = dots(tile_G[: len(now)], X[: now[-1] + 1])
-                X[row : min(hi, end) : stride] = tile_G[: len(now)]
-        dX = G if dX is None else dX.view_as(G).to(G.dtype) + (0 if self.has_dwa[i] else G)
+        r, m = i % self.k, i // self.k
+        alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
+        end = (self.top - r) // self.k + 1
+        hi = min(lo + self.b, end)
+        if m == hi - 1:  # a new tile begins; beyond it, X holds G by now
+            self.ready[r] = matmul(alpha[hi:end, lo:hi].T, X[hi:end]) if hi < end else None
+            self.tile_G[r] = X.new_empty(hi - lo, X.size(1))
+        ready, tile_G = self.ready[r], self.tile_G[r]
+        tile_G[m - lo] = G.flatten()
+        dX = matmul(alpha[m:hi, m], tile_G[m - lo :])
+        if ready is not None:
+            dX += ready[m - lo]
+        if m == lo:  # the tile is complete
+            if self.dalpha is not None:
+                self.dalpha[r :: self.k, r :: self.k][lo:hi, :hi] = dots(tile_G, X[:hi])
+            X[lo:hi] = tile_G
         if i == self.lowest:
-            self.X = self.tiles = None
-        return dX
+            self.X = self.ready = self.tile_G = None
+        return dX.view_as(G).to(G.dtype)
 
     def alpha_gradient(self) -> Tensor:
-        return self.dalpha[1:].masked_fill(~self.dwa.mask, 0)
+        """dLoss/dalpha, where there is an alpha; the first k - 1 rows are no DWA."""
+        dalpha = self.dalpha[1:].masked_fill(~self.dwa.mask, 0)
+        dalpha[: self.k - 1] = 0
+        return dalpha
 
 
 class InPlaceStep(torch.autograd.Function):
-    """A step of an InPlacePass for autograd. The link makes step i + 1 go backward before step i."""
+    """One step of an InPlacePass, for autograd.
+
+    The link that goes from each step to the next makes their backward come in falling order. The
+    link into step 0, which comes last, is alpha.
+    """
 
     @staticmethod
     def forward(ctx, x, link, i, memory):
@@ -330,27 +311,28 @@ class InPlaceStep(torch.autograd.Function):
     def backward(ctx, G, dlink):
         with torch.autocast(G.device.type, enabled=False):
             dX = ctx.memory.down(ctx.i, G)
-            if ctx.i == 0:  # the link into step 0 is alpha
-                dlink = ctx.memory.alpha_gradient().to(dlink.dtype)
+        if ctx.i == 0 and ctx.memory.dalpha is not None:
+            dlink = ctx.memory.alpha_gradient().to(dlink.dtype)
         return dX, dlink, None, None
 
 
+PIECE = 1 << 22  # numbers that are converted at a time
+
+
 def matmul(A: Tensor, X: Tensor) -> Tensor:
-    """A @ X, (a, s) @ (s, N), summed in the dtype of A, to which X is converted piece by piece."""
+    """A @ X, of (a, s) or (s) with (s, N), summed in the dtype of A."""
     if X.dtype == A.dtype:
         return A @ X
-    return torch.cat([A @ x.to(A.dtype) for x in X.split(PIECE, dim=1)], dim=1)
+    return torch.cat([A @ x.to(A.dtype) for x in X.split(PIECE // len(X), dim=1)], dim=-1)
 
 
 def dots(G: Tensor, X: Tensor) -> Tensor:
-    """G @ X.T, (b, N) @ (N, s), summed in float32 at least."""
-    if X.dtype in (torch.float32, torch.float64):
+    """G @ X.T, of (b, N) with (s, N), summed in float32 at least."""
+    dtype = torch.promote_types(X.dtype, torch.float32)
+    if X.dtype == dtype:
         return G @ X.T
-    pieces = zip(G.split(PIECE, dim=1), X.split(PIECE, dim=1), strict=True)
-    return sum(g.float() @ x.float().T for g, x in pieces)
-
-
-PIECE = 1 << 14
+    pieces = zip(G.split(PIECE // len(X), 1), X.split(PIECE // len(X), 1), strict=True)
+    return sum(g.to(dtype) @ x.to(dtype).T for g, x in pieces)
 
 
 # -----------------------------------------------------------------------------

@@ -50,9 +50,9 @@ def main():
         print(rows[-1], flush=True)
     text = (
         "Made by `python results/recipe.py` in one run, on 2 cores of an AMD EPYC (Zen 4) virtual "
-        "machine,\ntorch 2.13: Tiny Shakespeare, `python train.py` and one choice changed, the steps "
-        "set so that\neach takes about as long. Seconds are of the whole command. One seed each: "
-        "differences below\n0.01 say nothing.\n\n"
+        "machine,\ntorch 2.13: Tiny Shakespeare, `python train.py` and one choice changed, with "
+        "the steps set so\nthat each takes about as long. Seconds are of the whole command. One "
+        "seed each: differences\nbelow 0.01 say nothing.\n\n"
         "| | flags | steps | seconds | validation loss |\n|---|---|---|---|---|\n"
     )
     (HERE / "recipe.md").write_text(text + "\n".join(rows) + "\n")
