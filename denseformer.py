@@ -107,7 +107,7 @@ class DWA(nn.Module):
     where X is all that this pass remembers. The module itself remembers nothing of it.
 
     dwa_impl "naive" is the formula as it stands; "inplace" computes the same with a fraction of
-    the memory traffic, for every k x p. Other masks, which set_mask allows, take the naive way.
+    the memory traffic, for every k x 1. Sparser masks have little to save and take the naive way.
     """
 
     def __init__(self, config: DenseFormerConfig):
@@ -145,7 +145,6 @@ class DWA(nn.Module):
         rows = [row.nonzero().flatten().tolist() for row in mask]
         self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
         self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
-        # The in-place algorithm is for k x 1. With a period there is little to save.
         kx1 = self.pattern.endswith("x1") and torch.equal(mask, dwa_mask(self.pattern, len(rows)))
         self.dense = kx1 and bool(self.needed)
 
@@ -222,7 +221,7 @@ class InPlacePass:
         # A sum of many terms is kept in float32 at least, whatever the activations are.
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         alpha = F.pad(dwa.alpha.detach(), (0, 0, 1, 0)).to(self.dtype)  # row i makes Y_i
-        alpha[:k, :k] = torch.eye(k)  # the first of each chain: Y_i = X_i
+        alpha[:k, :k] = torch.eye(k, device=x.device)  # the first of each chain: Y_i = X_i
         self.alphas = [alpha[r::k, r::k] for r in range(k)]
         self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
         # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
@@ -235,12 +234,13 @@ class InPlacePass:
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """X_i -> Y_i; the steps are i = 0..L in this order."""
-        if not torch.is_grad_enabled():
-            return self.up(i, x)
-        if self.lowest is None and (x.requires_grad or self.link.requires_grad):
-            self.lowest = i
-        y, self.link = InPlaceStep.apply(x, self.link, i, self)
-        return y
+        with torch.autocast(x.device.type, enabled=False):  # it would round alpha to bfloat16
+            if not torch.is_grad_enabled():
+                return self.up(i, x)
+            if self.lowest is None and (x.requires_grad or self.link.requires_grad):
+                self.lowest = i
+            y, self.link = InPlaceStep.apply(x, self.link, i, self)
+            return y
 
     def up(self, i: int, x: Tensor) -> Tensor:
         r, m = i % self.k, i // self.k
@@ -303,8 +303,7 @@ class InPlaceStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, link, i, memory):
         ctx.i, ctx.memory = i, memory
-        with torch.autocast(x.device.type, enabled=False):
-            return memory.up(i, x), link.new_empty(0)
+        return memory.up(i, x), link.new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

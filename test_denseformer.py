@@ -29,7 +29,7 @@ import sample
 import train
 from data import download, textfile
 from data.tokenizer import ByteTokenizer, CharTokenizer, from_state
-from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_mask
+from denseformer import DWA, DenseFormer, DenseFormerConfig, InPlacePass, dwa_mask
 from denseformer import sample as draw
 
 HERE = Path(__file__).parent
@@ -248,6 +248,150 @@ def test_autocast_keeps_the_stream_in_bfloat16_and_alpha_in_float32():
     assert model.dwa.alpha.dtype == model.dwa.alpha.grad.dtype == torch.float32
     full, _ = model(idx, idx)
     torch.testing.assert_close(logits.float(), full, rtol=0.1, atol=0.1)
+
+
+# -----------------------------------------------------------------------------
+# The in-place DWA in a model, against the naive one
+
+
+def twins(dwa="1x1", n_layer=9, tile=4, **flags):
+    """Two models of the same weights, in-place and naive."""
+    ours, naive = tiny(dwa, n_layer, **flags), tiny(dwa, n_layer, **flags, dwa_impl="naive")
+    naive.load_state_dict(ours.state_dict())
+    ours.dwa.tile = tile
+    with torch.no_grad():
+        for model in (ours, naive):
+            model.dwa.alpha /= 3  # or activations grow threefold a layer
+    return ours, naive
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(ours, naive):
+    assert gradients(ours).keys() == gradients(naive).keys()
+    torch.testing.assert_close(gradients(ours), gradients(naive), rtol=1e-9, atol=1e-10)
+
+
+def frozen(model, names):
+    for name, p in model.named_parameters():
+        if name.startswith(names):
+            p.requires_grad_(False)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_inplace_is_naive(pattern):
+    ours, naive = twins(pattern)
+    idx = torch.randint(17, (1, 8))
+    for model in (ours, naive):
+        logits, loss = model(idx, idx)
+        loss.backward()
+    same_gradients(ours, naive)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(idx, idx)[0], logits.detach(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("dwa.",), ("wte", "lm_head"), ("wte", "lm_head", "blocks.0.", "blocks.5."),
+     ("dwa.", "wte", "lm_head", "blocks.0", "blocks.1", "blocks.2")],
+)  # fmt: skip
+@pytest.mark.parametrize("pattern", ["1x1", "2x1"])
+def test_inplace_with_frozen_parts(pattern, names):
+    ours, naive = twins(pattern)
+    idx = torch.randint(17, (2, 8))
+    for model in (ours, naive):
+        frozen(model, names)
+        model(idx, idx)[1].backward()
+    same_gradients(ours, naive)
+
+
+@pytest.mark.parametrize("pattern", ["1x1", "2x1"])
+def test_inplace_passes_do_not_meet(pattern):
+    ours, naive = twins(pattern)
+    other, _ = twins(pattern)
+    first, second = torch.randint(17, (2, 2, 8))
+    for model in (ours, naive):
+        a = model(first, first)[1]
+        b = model(second, second)[1]
+        other(first, second)[1].backward()  # another model, in between
+        with torch.no_grad():
+            model(second[:1, :3])
+        (a + b).backward()
+    same_gradients(ours, naive)
+
+
+@pytest.mark.parametrize("last", [1, 4, 7])
+@pytest.mark.parametrize("pattern", ["1x1", "2x1"])
+def test_inplace_when_the_loss_is_of_an_inner_layer(pattern, last):
+    grads = []
+    for model in twins(pattern):
+        x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        weights = torch.linspace(0.5, 1.5, 36, dtype=torch.float64).view(9, 4).requires_grad_()
+        through_dwa(model.dwa, x, weights)[last - 1].square().sum().backward()
+        grads.append((weights.grad, model.dwa.alpha.grad))
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+
+
+def test_inplace_with_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    ours, naive = twins()
+    idx = torch.randint(17, (2, 8))
+    naive(idx, idx)[1].backward()
+    for block in ours.blocks:
+        forward = block.forward
+        block.forward = lambda *args, f=forward: checkpoint(f, *args, use_reentrant=False)
+    ours(idx, idx)[1].backward()
+    same_gradients(ours, naive)
+
+
+def test_inplace_goes_backward_once_and_frees_its_memory(monkeypatch):
+    passes = []
+    init = InPlacePass.__init__
+    monkeypatch.setattr(InPlacePass, "__init__", lambda s, *a: (passes.append(s), init(s, *a))[1])
+    ours, _ = twins()
+    idx = torch.randint(17, (2, 8))
+    loss = ours(idx, idx)[1]
+    assert len(passes) == 1
+    assert sum(X.numel() for X in passes[0].X) == 10 * 2 * 8 * 8  # (L + 1) activations
+    loss.backward(retain_graph=True)
+    assert passes[0].X is passes[0].tile_G is passes[0].ready is None
+    with pytest.raises(RuntimeError, match="naive"):
+        loss.backward()
+    loss = ours(idx, idx)[1]
+    (grad,) = torch.autograd.grad(loss, ours.ln_f.weight, create_graph=True)
+    (grad,) = torch.autograd.grad(ours(idx, idx)[1], ours.wte.weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("pattern", ["1x1", "4x1"])
+def test_inplace_rounds_as_a_sum_in_float32_does(pattern):
+    grads = []
+    for dtype, impl in (
+        (torch.bfloat16, "inplace"),
+        (torch.bfloat16, "naive"),
+        (torch.float64, "naive"),
+    ):
+        torch.manual_seed(0)
+        dwa = DWA(DenseFormerConfig(n_layer=12, dwa=pattern, dwa_impl=impl))
+        randomise(dwa)
+        dwa.tile = 5
+        with torch.no_grad():
+            dwa.alpha /= 4
+        x0 = torch.randn(2, 32, 16).bfloat16().to(dtype).requires_grad_()
+        (x, X), y = dwa.start(x0), []
+        for i in range(1, 13):
+            x = dwa(i, x.detach().bfloat16().to(dtype) if i > 1 else x, X)
+            y.append(x)
+        y = torch.stack(y)
+        y.float().square().mean().backward()
+        grads.append((y.detach().double(), x0.grad.double(), dwa.alpha.grad.double()))
+    for ours, naive, exact in zip(*grads, strict=True):
+        error, scale = (ours - exact).norm() / exact.norm(), (naive - exact).norm() / exact.norm()
+        assert error < max(0.005, 1.1 * scale)  # bfloat16 has a rounding of 2^-9 = 0.002
 
 
 # -----------------------------------------------------------------------------

@@ -43,49 +43,47 @@ class TrainConfig:
     # input and output
     out_dir: str = flag("out", "folder for checkpoints, logs and the loss curve")
     dataset: str | None = flag(
-        None,
-        "shakespeare, pydoc, or the path of a UTF-8 text file "
-        "(default: shakespeare, or pydoc where it cannot be downloaded)",
-        type=str,
-    )
+        None, "shakespeare, pydoc, or the path of a UTF-8 text file "
+        "(default: shakespeare, or pydoc where it cannot be downloaded)", type=str,
+    )  # fmt: skip
     preset: str = flag("auto", "what suits the device; see below", choices=("auto", "cpu", "gpu"))
     resume: bool = flag(False, "go on from out_dir's last checkpoint")
     overwrite: bool = flag(False, "begin anew although out_dir holds a run")
     # model
-    n_layer: int = flag(4, "blocks", low=1)
+    n_layer: int = flag(3, "blocks", low=1)
     n_head: int = flag(2, "attention heads of a block", low=1)
     n_embd: int = flag(128, "channels", low=1)
     block_size: int = flag(128, "tokens of context", low=1)
     dropout: float = flag(0.0, "dropout probability", low=0.0)
     bias: bool = flag(False, "biases in linear layers and norms")
     dwa: str = flag("1x1", "depth-weighted averages: dilation x period as in 4x5, or none")
-    dwa_impl: str = flag("naive", "how they are computed")
+    dwa_impl: str = flag("inplace", "or naive, the formula itself", choices=("inplace", "naive"))
     # optimization
-    max_iters: int = flag(850, "steps of the optimizer", low=1)
+    max_iters: int = flag(1100, "steps of the optimizer", low=1)
     batch_size: int = flag(12, "sequences that go through the model at once", low=1)
     gradient_accumulation_steps: int = flag(1, "times batch_size that make a step", low=1)
     optimizer: str = flag(
-        "muon",
-        "muon: for the matrices of the blocks, adamw for the rest",
-        choices=("adamw", "muon"),
+        "muon", "muon leaves embedding, norms, alphas to adamw", choices=("adamw", "muon")
     )
-    learning_rate: float = flag(1e-2, "at its highest", low=0.0)
+    learning_rate: float = flag(1.5e-2, "at its highest", low=0.0)
     min_lr: float = flag(0.0, "at the end", low=0.0)
-    warmup_iters: int = flag(50, "steps of rising learning rate; then it falls as a cosine", low=0)
+    warmup_iters: int = flag(60, "steps of rising learning rate; then it falls as a cosine", low=0)
     weight_decay: float = flag(0.3, "of matrices and embedding; the alphas have none", low=0.0)
     beta1: float = flag(0.9, "AdamW's decay of the gradient's mean", low=0.0)
     beta2: float = flag(0.95, "AdamW's decay of its square's mean", low=0.0)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0.0)
     # evaluation and logs
-    eval_interval: int = flag(250, "steps from one validation and checkpoint to the next", low=1)
+    eval_interval: int = flag(275, "steps from one validation and checkpoint to the next", low=1)
     eval_iters: int = flag(
         200, "batches of a validation at most; a smaller split is used whole", low=1
     )
     log_interval: int = flag(20, "steps from one log line to the next", low=1)
     # system
     device: str = flag("auto", "cuda, cuda:1, mps, cpu; auto takes the first of them that is here")
-    dtype: str = flag("auto", "of activations; auto is bfloat16 on a GPU that has it, else float32",
-                      choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
+    dtype: str = flag(
+        "auto", "of activations; auto is bfloat16 where the hardware has it, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )  # fmt: skip
     compile: bool | None = flag(None, "torch.compile the blocks (default: on cuda only)", type=bool)
     seed: int = flag(1337, "of weights, batches and dropout", low=0)
 
