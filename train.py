@@ -59,7 +59,7 @@ class TrainConfig:
     dwa: str = flag("1x1", "depth-weighted averages: dilation x period as in 4x5, or none")
     dwa_impl: str = flag("inplace", "or naive, the formula itself", choices=("inplace", "naive"))
     # optimization
-    max_iters: int = flag(1100, "steps of the optimizer", low=1)
+    max_iters: int = flag(1000, "steps of the optimizer", low=1)
     batch_size: int = flag(12, "sequences that go through the model at once", low=1)
     gradient_accumulation_steps: int = flag(1, "times batch_size that make a step", low=1)
     optimizer: str = flag(
@@ -73,7 +73,7 @@ class TrainConfig:
     beta2: float = flag(0.95, "AdamW's decay of its square's mean", low=0.0)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0.0)
     # evaluation and logs
-    eval_interval: int = flag(275, "steps from one validation and checkpoint to the next", low=1)
+    eval_interval: int = flag(250, "steps from one validation and checkpoint to the next", low=1)
     eval_iters: int = flag(
         200, "batches of a validation at most; a smaller split is used whole", low=1
     )

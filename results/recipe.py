@@ -14,16 +14,17 @@ HERE = Path(__file__).parent
 
 VARIANTS = [
     ("as it is", ""),
-    ("plain Transformer", "--dwa none --max_iters 900"),
-    ("AdamW", "--optimizer adamw --learning_rate 4e-3 --max_iters 1050"),
-    ("float32", "--dtype float32 --max_iters 660"),
-    ("shorter context", "--block_size 64 --batch_size 16 --max_iters 1200"),
-    ("longer context", "--block_size 256 --batch_size 6"),
+    ("plain Transformer", "--dwa none --max_iters 1040"),
+    ("AdamW", "--optimizer adamw --learning_rate 4e-3 --max_iters 1200"),
+    ("float32", "--dtype float32 --max_iters 620"),
+    ("shorter context", "--block_size 64 --batch_size 16 --max_iters 1300"),
+    ("longer context", "--block_size 256 --batch_size 6 --max_iters 950"),
     ("less weight decay", "--weight_decay 0.1"),
     ("more weight decay", "--weight_decay 1.0"),
-    ("higher learning rate", "--learning_rate 2e-2"),
-    ("lower learning rate", "--learning_rate 5e-3"),
-    ("deeper and narrower", "--n_layer 8 --n_embd 96 --n_head 3 --max_iters 640"),
+    ("higher learning rate", "--learning_rate 2.5e-2"),
+    ("lower learning rate", "--learning_rate 8e-3"),
+    ("four blocks", "--n_layer 4 --max_iters 800"),
+    ("deeper and narrower", "--n_layer 8 --n_embd 96 --n_head 3 --max_iters 500"),
 ]
 
 
@@ -32,13 +33,8 @@ def main():
     rows = []
     for name, flags in VARIANTS:
         out_dir = out / name.replace(" ", "-")
-        command = [
-            sys.executable,
-            "train.py",
-            *flags.split(),
-            "--overwrite",
-            f"--out_dir={out_dir}",
-        ]
+        command = [sys.executable, "train.py", *flags.split()]
+        command += ["--overwrite", f"--out_dir={out_dir}"]
         begin = time.time()
         subprocess.run(command, cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL)
         seconds = time.time() - begin
