@@ -209,8 +209,8 @@ class DWA(nn.Module):
 # residue, and below m counts along one of these chains: its X[m] is X_{r + m k}.
 
 
-class InPlacePass:
-    """The memory of one pass through a k x 1 DenseFormer: X on the way up, G on the way down."""
+class InPlaceMemory:
+    """What one pass through a k x 1 DenseFormer remembers: X on the way up, G on the way down."""
 
     def __init__(self, dwa: DWA, x: Tensor):
         L, N = len(dwa.sources), x.numel()
@@ -227,39 +227,29 @@ class InPlacePass:
         # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
         stored = self.dtype if x.device.type == "cpu" else x.dtype
         self.X = x.new_empty(L + 1, N, dtype=stored).split(chains)
-        self.ready = [None] * k  # what a tile got from outside it, (b, N)
-        self.tile_G = [None] * k  # the G of a tile, (b, N)
-        self.dwa, self.link = dwa, dwa.alpha
+        self.tile = [None] * k  # the Y, or dX, of the current tile, as far as they are, (b, N)
+        self.tile_G = [None] * k  # its G, (b, N)
+        self.dwa = dwa
         self.lowest = self.last = self.top = None  # the steps that go backward, see down
-
-    def step(self, i: int, x: Tensor) -> Tensor:
-        """X_i -> Y_i; the steps are i = 0..L in this order."""
-        with torch.autocast(x.device.type, enabled=False):  # it would round alpha to bfloat16
-            if not torch.is_grad_enabled():
-                return self.up(i, x)
-            if self.lowest is None and (x.requires_grad or self.link.requires_grad):
-                self.lowest = i
-            y, self.link = InPlaceStep.apply(x, self.link, i, self)
-            return y
+        # Autocast would round alpha to bfloat16.
+        self.no_autocast = torch.autocast(x.device.type, enabled=False)
 
     def up(self, i: int, x: Tensor) -> Tensor:
         r, m = i % self.k, i // self.k
         alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
         X[m] = x.flatten()
+        if m == lo:  # a new tile begins: what its rows get from the older X
+            self.tile[r] = matmul(alpha[lo : lo + self.b, :lo], X[:lo])
         if m == 0:
             return x
-        if m == lo:  # a new tile begins
-            self.ready[r] = matmul(alpha[lo : lo + self.b, :lo], X[:lo])
-        y = matmul(alpha[m, lo : m + 1], X[lo : m + 1])
-        if lo:
-            y += self.ready[r][m - lo]
-        return y.view_as(x).to(x.dtype)
+        y = add_matmul(self.tile[r][m - lo], alpha[m, lo : m + 1], X[lo : m + 1])
+        # .data: this row of the tile is final, though autograd sees that others still change.
+        return y.data.view_as(x).to(x.dtype)
 
     def down(self, i: int, G: Tensor) -> Tensor:
         """G_i = dLoss/dY_i -> dLoss/dX_i; the steps come in falling order, each once."""
         if self.last is None:
             self.top = i  # above it no Y has a gradient
-            self.ready = [None] * self.k
         elif i != self.last - 1 or self.X is None:
             raise RuntimeError(
                 "the in-place DWA goes backward through a forward pass once, for it overwrites its "
@@ -270,20 +260,18 @@ class InPlacePass:
         alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
         end = (self.top - r) // self.k + 1
         hi = min(lo + self.b, end)
-        if m == hi - 1:  # a new tile begins; beyond it, X holds G by now
-            self.ready[r] = matmul(alpha[hi:end, lo:hi].T, X[hi:end]) if hi < end else None
+        if m == hi - 1:  # a new tile begins: what its rows get from later G, which X holds by now
+            self.tile[r] = matmul(alpha[hi:end, lo:hi].T, X[hi:end])
             self.tile_G[r] = X.new_empty(hi - lo, X.size(1))
-        ready, tile_G = self.ready[r], self.tile_G[r]
+        tile_G = self.tile_G[r]
         tile_G[m - lo] = G.flatten()
-        dX = matmul(alpha[m:hi, m], tile_G[m - lo :])
-        if ready is not None:
-            dX += ready[m - lo]
+        dX = add_matmul(self.tile[r][m - lo], alpha[m:hi, m], tile_G[m - lo :])
         if m == lo:  # the tile is complete
             if self.dalpha is not None:
                 self.dalpha[r :: self.k, r :: self.k][lo:hi, :hi] = dots(tile_G, X[:hi])
             X[lo:hi] = tile_G
         if i == self.lowest:
-            self.X = self.ready = self.tile_G = None
+            self.X = self.tile = self.tile_G = None
         return dX.view_as(G).to(G.dtype)
 
     def alpha_gradient(self) -> Tensor:
@@ -293,13 +281,29 @@ class InPlacePass:
         return dalpha
 
 
-class InPlaceStep(torch.autograd.Function):
-    """One step of an InPlacePass, for autograd.
+class InPlacePass:
+    """One pass through the depth, step by step; autograd sees InPlaceSteps in a chain.
 
     The link that goes from each step to the next makes their backward come in falling order. The
     link into step 0, which comes last, is alpha.
     """
 
+    def __init__(self, dwa: DWA, x: Tensor):
+        # The memory must not know the link, which knows the memory: the two would never be freed.
+        self.memory, self.link = InPlaceMemory(dwa, x), dwa.alpha
+
+    def step(self, i: int, x: Tensor) -> Tensor:
+        """X_i -> Y_i; the steps are i = 0..L in this order."""
+        with self.memory.no_autocast:
+            if not torch.is_grad_enabled():
+                return self.memory.up(i, x)
+            if self.memory.lowest is None and (x.requires_grad or self.link.requires_grad):
+                self.memory.lowest = i
+            y, self.link = InPlaceStep.apply(x, self.link, i, self.memory)
+            return y
+
+
+class InPlaceStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, link, i, memory):
         ctx.i, ctx.memory = i, memory
@@ -308,30 +312,50 @@ class InPlaceStep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, G, dlink):
-        with torch.autocast(G.device.type, enabled=False):
+        with ctx.memory.no_autocast:
             dX = ctx.memory.down(ctx.i, G)
         if ctx.i == 0 and ctx.memory.dalpha is not None:
             dlink = ctx.memory.alpha_gradient().to(dlink.dtype)
         return dX, dlink, None, None
 
 
-PIECE = 1 << 22  # numbers that are converted at a time
+# Sums of products in the dtype of the sum. A GPU keeps X in the dtype of the activations, and it
+# is converted a piece at a time.
+
+
+def pieces(*Xs: Tensor, dtype: torch.dtype, numbers: int = 1 << 22) -> Iterator[tuple]:
+    """The slices of all columns, a piece at a time, with the X of that piece in dtype."""
+    width = numbers // max(1, len(Xs[0]))
+    for n in range(0, Xs[0].size(1), width):
+        piece = slice(n, n + width)
+        yield piece, *(X[:, piece].to(dtype) for X in Xs)
 
 
 def matmul(A: Tensor, X: Tensor) -> Tensor:
-    """A @ X, of (a, s) or (s) with (s, N), summed in the dtype of A."""
+    """A @ X, of (a, s) with (s, N), in the dtype of A."""
     if X.dtype == A.dtype:
         return A @ X
-    return torch.cat([A @ x.to(A.dtype) for x in X.split(PIECE // len(X), dim=1)], dim=-1)
+    out = A.new_empty(len(A), X.size(1))
+    for piece, x in pieces(X, dtype=A.dtype):
+        torch.mm(A, x, out=out[:, piece])
+    return out
+
+
+def add_matmul(y: Tensor, a: Tensor, X: Tensor) -> Tensor:
+    """y += a @ X in place, of (N), (s) and (s, N), in the dtype of y."""
+    if X.dtype == y.dtype:
+        return y.addmv_(X.T, a)
+    for piece, x in pieces(X, dtype=y.dtype):
+        y[piece].addmv_(x.T, a)
+    return y
 
 
 def dots(G: Tensor, X: Tensor) -> Tensor:
-    """G @ X.T, of (b, N) with (s, N), summed in float32 at least."""
+    """G @ X.T, of (b, N) with (s, N), in float32 at least."""
     dtype = torch.promote_types(X.dtype, torch.float32)
     if X.dtype == dtype:
         return G @ X.T
-    pieces = zip(G.split(PIECE // len(X), 1), X.split(PIECE // len(X), 1), strict=True)
-    return sum(g.to(dtype) @ x.to(dtype).T for g, x in pieces)
+    return sum(g @ x.T for _, g, x in pieces(G, X, dtype=dtype))
 
 
 # -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Every reference here is written anew from the paper or from arithmetic, never fr
 
 import contextlib
 import copy
+import gc
 import hashlib
 import http.server
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +25,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import bench
 import common
 import data
 import sample
 import train
 from data import download, textfile
 from data.tokenizer import ByteTokenizer, CharTokenizer, from_state
-from denseformer import DWA, DenseFormer, DenseFormerConfig, InPlacePass, dwa_mask
+from denseformer import DWA, DenseFormer, DenseFormerConfig, InPlaceMemory, dwa_mask
 from denseformer import sample as draw
 
 HERE = Path(__file__).parent
@@ -347,24 +350,164 @@ def test_inplace_with_activation_checkpointing():
     same_gradients(ours, naive)
 
 
-def test_inplace_goes_backward_once_and_frees_its_memory(monkeypatch):
-    passes = []
-    init = InPlacePass.__init__
-    monkeypatch.setattr(InPlacePass, "__init__", lambda s, *a: (passes.append(s), init(s, *a))[1])
+@pytest.fixture
+def memories(monkeypatch):
+    """Weak references to all InPlaceMemory there is."""
+    made, init = [], InPlaceMemory.__init__
+
+    def new(self, *args):
+        made.append(weakref.ref(self))
+        init(self, *args)
+
+    monkeypatch.setattr(InPlaceMemory, "__init__", new)
+    gc.disable()  # nothing shall wait for the collector
+    yield made
+    gc.enable()
+
+
+def test_inplace_frees_its_memory(memories):
+    ours, _ = twins()
+    idx = torch.randint(17, (2, 8))
+    logits, loss = ours(idx, idx)
+    (memory,) = [ref() for ref in memories]
+    assert sum(X.numel() for X in memory.X) == 10 * 2 * 8 * 8  # (L + 1) activations
+    loss.backward(retain_graph=True)
+    assert memory.X is memory.tile_G is memory.tile is None
+    del logits, loss, memory
+    ours(idx, idx)  # never goes backward
+    ours.blocks[5].mlp.forward = lambda x: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        ours(idx, idx)
+    assert [ref() for ref in memories] == [None, None, None]
+
+
+def test_memory_is_one_buffer_and_two_tiles():
+    N, peak = 4 * 64 * 128, {}
+    x = torch.randn(4, 64, 128, requires_grad=True)
+    weights = torch.ones(24, 128)
+    for pattern in ("none", "1x1", "4x1"):
+        dwa = DWA(DenseFormerConfig(n_layer=24, dwa=pattern))
+        dwa.tile = 3
+
+        def forward(dwa=dwa):
+            return through_dwa(dwa, x, weights)[-1]
+
+        peak[pattern] = bench.peak_memory(lambda f=forward: f().backward(x.detach()), x.device)
+        with torch.no_grad():
+            peak[pattern, "inference"] = bench.peak_memory(forward, x.device)
+    for pattern, tiles in (("1x1", 3), ("4x1", 3 * 4)):
+        more = (peak[pattern] - peak["none"]) / (4 * N)
+        assert 20 < more <= 25 + 2 * tiles + 0.5
+        more = (peak[pattern, "inference"] - peak["none", "inference"]) / (4 * N)
+        assert 20 < more <= 25 + tiles + 1.5  # one tile, and an output that is no tile's
+
+
+def test_inplace_goes_backward_once():
     ours, _ = twins()
     idx = torch.randint(17, (2, 8))
     loss = ours(idx, idx)[1]
-    assert len(passes) == 1
-    assert sum(X.numel() for X in passes[0].X) == 10 * 2 * 8 * 8  # (L + 1) activations
     loss.backward(retain_graph=True)
-    assert passes[0].X is passes[0].tile_G is passes[0].ready is None
     with pytest.raises(RuntimeError, match="naive"):
         loss.backward()
-    loss = ours(idx, idx)[1]
-    (grad,) = torch.autograd.grad(loss, ours.ln_f.weight, create_graph=True)
     (grad,) = torch.autograd.grad(ours(idx, idx)[1], ours.wte.weight, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
+
+
+def test_masks_of_the_papers_other_patterns():
+    last3 = torch.ones(9, 10).tril(1).triu(-1) > 0
+    last3[:, 0] = True
+    to_last = torch.eye(10)[1:] > 0
+    to_last[-1] = True
+    for mask in (last3, to_last):
+        ours, naive = twins("none")
+        idx = torch.randint(17, (2, 8))
+        for model in (ours, naive):
+            model.dwa.set_mask(mask)
+            with torch.no_grad():
+                model.dwa.alpha.copy_(mask * torch.linspace(-1, 1, 10).double())
+        loss = ours(idx, idx)[0].square().sum()
+        loss.backward()
+        naive(idx, idx)[0].square().sum().backward()
+        same_gradients(ours, naive)
+        grad = ours.dwa.alpha.grad
+        assert (grad != 0).equal(mask & (mask.sum(1, keepdim=True) > 1))
+        with torch.no_grad():  # and one of them as a finite difference
+            i, j = divmod(grad.abs().argmax().item(), 10)
+            ours.dwa.alpha[i, j] += 1e-6
+            slope = (ours(idx, idx)[0].square().sum() - loss) / 1e-6
+        assert grad[i, j].item() == pytest.approx(slope.item(), rel=1e-3)
+
+
+def test_inplace_in_copies():
+    ours, naive = twins("2x1")
+    idx = torch.randint(17, (2, 8))
+    naive(idx, idx)[1].backward()
+    for model in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        model(idx, idx)[1].backward()
+        same_gradients(model, naive)
+    assert not gradients(ours)
+
+
+def test_inplace_under_autocast():
+    ours, naive = twins(n_embd=16)
+    grads = []
+    for model in (ours.float(), naive.float(), copy.deepcopy(naive).double()):
+        torch.manual_seed(0)
+        idx = torch.randint(17, (2, 8))
+        with torch.autocast("cpu", torch.bfloat16, enabled=len(grads) < 2):
+            loss = model(idx, idx)[1]
+        model.zero_grad()
+        loss.backward()
+        grads.append(torch.cat([g.flatten().double() for g in gradients(model).values()]))
+    error, scale = ((g - grads[2]).norm() / grads[2].norm() for g in grads[:2])
+    assert error < 1.2 * scale + 1e-3
+
+
+def test_blocks_are_compiled_once_for_all():
+    ours, naive = twins(n_layer=12)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in ours.blocks:
+        block.compile(backend="aot_eager")
+    for size in ((2, 8), (2, 8)):
+        idx = torch.randint(17, size)
+        for model in (ours, naive):
+            model.zero_grad()
+            model(idx, idx)[1].backward()
+        same_gradients(ours, naive)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def ddp_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    for pattern in ("1x1", "4x5"):
+        ours, _ = twins(pattern)
+        model = torch.nn.parallel.DistributedDataParallel(ours)
+        idx = torch.load(f"{folder}/idx.pt")[rank]
+        for _ in range(2):  # the second time in the buckets that DDP built anew
+            ours.zero_grad()
+            model(idx, idx)[1].backward()
+        torch.save(gradients(ours), f"{folder}/{pattern}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_inplace_with_ddp(tmp_path):
+    idx = torch.randint(17, (2, 3, 8))
+    torch.save(idx, tmp_path / "idx.pt")
+    torch.multiprocessing.spawn(ddp_rank, (str(tmp_path),), nprocs=2)
+    for pattern in ("1x1", "4x5"):
+        _, naive = twins(pattern)
+        naive(idx.flatten(0, 1), idx.flatten(0, 1))[1].backward()
+        for rank in (0, 1):
+            grads = torch.load(tmp_path / f"{pattern}-{rank}.pt")
+            torch.testing.assert_close(grads, gradients(naive), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("pattern", ["1x1", "4x1"])

@@ -1,0 +1,477 @@
+"""What depth-weighted averaging costs on this machine.
+
+python bench.py                          a deep model: each kind of DWA against none
+python bench.py --dwa_only               the DWA alone, between blocks that do nothing: seconds
+python bench.py --n_layer 6 --rounds 9   another shape; --help lists the flags
+python bench.py --json results/b.json    the same numbers for programs
+
+All kinds take turns in each round, on one set of weights. A time is the median of the rounds, and a
+ratio the median of the ratios to the plain Transformer of the same round, so that a machine that
+slows down for a while slows them all.
+"""
+
+import contextlib
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from common import Parser, find_device, flag
+from denseformer import DWA, DenseFormer, DenseFormerConfig
+
+
+@dataclass
+class BenchConfig:
+    patterns: str = flag("1x1,4x1,4x5", "DWA patterns to run in place, besides the plain model")
+    n_layer: int = flag(48, "blocks", low=1)
+    n_embd: int = flag(384, "channels; heads have 64", low=64)
+    batch_size: int = flag(4, "sequences", low=1)
+    block_size: int = flag(256, "tokens of each", low=64)
+    vocab_size: int = flag(256, "different tokens", low=1)
+    dtype: str = flag("float32", "of activations", choices=("float32", "bfloat16"))
+    compile: bool = flag(False, "torch.compile the blocks")
+    device: str = flag("auto", "cuda, cuda:1, cpu; auto takes the first of them that is here")
+    rounds: int = flag(5, "times that everything is measured", low=1)
+    tile: int = flag(0, "rows of an in-place tile; 0 leaves it to the model", low=0)
+    dwa_only: bool = flag(False, "measure the DWA alone, not the model")
+    json: str | None = flag(None, "file to write the numbers to as well", type=str)
+
+
+# The paper's model, on a GPU; the flags override it.
+GPU = {"n_embd": 768, "batch_size": 64, "vocab_size": 50304, "dtype": "bfloat16", "compile": True}
+
+# How near to free it has to be: the largest ratio to the plain Transformer, or the smallest
+# speed-up of the in-place 1x1 over another.
+BARS = {
+    "cpu": {("1x1", "train"): 1.03, ("4x5", "train"): 1.01, ("1x1", "forward"): 1.05,
+            ("1x1", "decode"): 1.05, "tensordot": 8.0, "naive": 2.5, "recompute": 5.0},
+    "cuda": {("1x1", "train"): 1.10, ("4x5", "train"): 1.02, ("1x1", "forward"): 1.12,
+             ("4x5", "forward"): 1.02, "bandwidth": 0.7},
+}  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
+# The yardstick
+
+
+class TensordotDWA(DWA):
+    """The obvious vectorised DWA, as the authors' package has it.
+
+    The outputs are kept in a preallocated stack, Y_i is a tensordot of alpha with a slice of it,
+    and the gradients are left to autograd.
+    """
+
+    def start(self, x):
+        X = x.new_empty(len(self.sources) + 1, *x.shape)
+        return x, (X, [Append.apply(None, x, X, 0)])
+
+    def forward(self, i, x, state):
+        X, seen = state
+        seen[0] = Append.apply(seen[0], x, X, i)
+        return torch.tensordot(self.alpha[i - 1, : i + 1].to(x.dtype), seen[0], dims=1)
+
+
+class Append(torch.autograd.Function):
+    """X_0..X_{i-1} and X_i -> X_0..X_i, without a copy of what is there."""
+
+    @staticmethod
+    def forward(ctx, seen, x, X, i):
+        X[i] = x
+        return X.data[: i + 1]  # .data: what is appended later does not make this one stale
+
+    @staticmethod
+    def backward(ctx, G):
+        return G[:-1] if len(G) > 1 else None, G[-1], None, None
+
+
+def make_dwas(config, device):
+    """The DWAs to compare, by the name of their row. "plain" is first."""
+
+    def make(pattern, impl="inplace", kind=DWA):
+        shape = {"n_layer": config.n_layer, "dwa": pattern, "dwa_impl": impl}
+        dwa = kind(DenseFormerConfig(**shape))
+        dwa.tile = config.tile or None
+        with torch.no_grad():
+            for row, mask in zip(dwa.alpha, dwa.mask, strict=True):
+                if mask.sum() > 1:
+                    row += mask * 0.01 * torch.randn(len(row))
+        return dwa.to(device)
+
+    dwas = {"plain": make("none")}
+    dwas |= {pattern: make(pattern) for pattern in config.patterns.split(",")}
+    return dwas | {
+        "1x1 naive": make("1x1", "naive"),
+        "1x1 tensordot": make("1x1", "naive", TensordotDWA),
+    }
+
+
+# -----------------------------------------------------------------------------
+# Measuring
+
+
+def clock(function, device):
+    """Seconds that function() takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(tasks, rounds, device, bar):
+    """tasks: {name: function} -> {name: [seconds of each round]}."""
+    for function in tasks.values():
+        function()  # memory, caches, compilers
+    times = {name: [] for name in tasks}
+    for round in range(rounds):
+        # Every second round backwards: who comes after whom shall not matter.
+        for name in list(tasks)[:: -1 if round % 2 else 1]:
+            times[name].append(clock(tasks[name], device))
+            bar.update()
+    return times
+
+
+def peak_memory(function, device):
+    """The most bytes that function() has at once, beyond those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the numbers that operations read and write, in tensors of at least N numbers."""
+
+    def __init__(self, N):
+        super().__init__()
+        self.N, self.moved = N, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        if not func.is_view and not name.startswith(("empty", "new_empty", "_unsafe_view")):
+            reads = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
+            if name == "copy_":
+                reads = reads[1:]
+            for tensor in (*reads, *(out if isinstance(out, list | tuple) else [out])):
+                if isinstance(tensor, Tensor):
+                    # what is expanded is there once
+                    shape = zip(tensor.shape, tensor.stride(), strict=True)
+                    numbers = math.prod(size for size, stride in shape if stride)
+                    self.moved += numbers if numbers >= self.N else 0
+        return out
+
+
+def activations_moved(dwa):
+    """Activations that a DWA reads and writes, forward and backward, counted on a small one."""
+    x = torch.randn(1, 64, 256, requires_grad=True)
+    cpu = type(dwa)(DenseFormerConfig(n_layer=len(dwa.sources), dwa=dwa.pattern))
+    cpu.impl, cpu.tile = dwa.impl, dwa.tile
+    with Traffic(x.numel()) as traffic:
+        dwa_pass(cpu, x)
+    return traffic.moved / x.numel()
+
+
+def dwa_pass(dwa, x):
+    """Forward and backward of the DWA alone: every block is the identity."""
+    y, X = dwa.start(x)
+    for i in range(1, len(dwa.sources) + 1):
+        y = dwa(i, y, X)
+    y.backward(x.detach())
+    x.grad = dwa.alpha.grad = None
+
+
+def bandwidth(device):
+    """Bytes a second of the machine's own copy, reading and writing counted."""
+    source = torch.ones(1 << (30 if device.type == "cuda" else 26), device=device)
+    target = torch.empty_like(source)
+    times = measure({"copy": lambda: target.copy_(source)}, 9, device, tqdm(disable=True))
+    return 2 * source.nbytes / min(times["copy"])
+
+
+def matmul_peak(device, dtype):
+    """FLOPs a second of the machine's own matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    times = measure({"matmul": lambda: a @ b}, 9, device, tqdm(disable=True))
+    return 2 * n**3 / min(times["matmul"])
+
+
+# -----------------------------------------------------------------------------
+# The whole model
+
+
+def make_tasks(model, dwas, config, device):
+    """{"train" | "forward" | "decode": {row: function}}, and a function that decodes uncached."""
+    dtype = getattr(torch, config.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    shape = (config.batch_size, config.block_size)
+    idx, targets = torch.randint(config.vocab_size, (2, *shape), device=device)
+    parameters = [*model.parameters(), *(dwa.alpha for dwa in dwas.values())]
+    optimizer = torch.optim.AdamW({id(p): p for p in parameters}.values(), 1e-9, fused=True)
+    new = config.block_size // 4  # tokens, the last of the context
+
+    def train(dwa):
+        model.dwa = dwa
+        with autocast:
+            loss = model(idx, targets)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def forward(dwa):
+        model.dwa = dwa
+        with autocast:
+            model(idx)
+
+    def eager():  # a token at a time is another shape at each, nothing to compile for
+        return torch.compiler.set_stance("force_eager")
+
+    def decode(dwa):
+        model.dwa = dwa
+        with autocast, eager():
+            model.generate(idx[:1, :-new], new, temperature=0)
+
+    @torch.no_grad()
+    def recompute(dwa, tokens=8):
+        model.dwa = dwa
+        with autocast, eager():
+            for t in range(tokens):
+                model(idx[:1, : config.block_size - tokens + t])
+
+    columns = {"train": train, "forward": forward, "decode": decode}
+    tasks = {
+        column: {row: (lambda f=f, dwa=dwa: f(dwa)) for row, dwa in dwas.items()}
+        for column, f in columns.items()
+    }
+    # The yardstick keeps one dtype, and nobody decodes with it or the reference.
+    for row in ("1x1 naive", "1x1 tensordot"):
+        del tasks["decode"][row]
+    tasks["recompute"] = {"1x1": lambda: recompute(dwas["1x1"])} if "1x1" in dwas else {}
+    return tasks, {"decode": new, "recompute": 8}
+
+
+def compile_seconds(config, device, n_layer):
+    """Seconds from a new model to its first compiled training step, less an ordinary step."""
+    torch.compiler.reset()
+    torch.compiler.config.force_disable_caches = True
+    model = make_model(config, device, n_layer)
+    for block in model.blocks:
+        block.compile()
+    tasks, _ = make_tasks(model, {"plain": model.dwa}, config, device)
+    first = clock(tasks["train"]["plain"], device)
+    return first - clock(tasks["train"]["plain"], device)
+
+
+def make_model(config, device, n_layer=None):
+    shape = {name: getattr(config, name) for name in ("vocab_size", "block_size", "n_embd")}
+    shape |= {"n_layer": n_layer or config.n_layer, "n_head": config.n_embd // 64}
+    return DenseFormer(DenseFormerConfig(**shape, dwa="none")).to(device)
+
+
+# -----------------------------------------------------------------------------
+# Reports
+
+
+def ratio(times, row, base="plain"):
+    return statistics.median(a / b for a, b in zip(times[row], times[base], strict=True))
+
+
+def cell(times, row):
+    """Median time, half the range between the quartiles as its spread, ratio to the plain model."""
+    ms = [1000 * t for t in times[row]]
+    low, _, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
+    return f"{statistics.median(ms):.1f} ± {(high - low) / 2:.1f} | {ratio(times, row):.3f}"
+
+
+def machine(device):
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            name = next(x for x in lines if x.startswith("model name")).split(":")[1].strip()
+        name += f", {torch.get_num_threads()} threads"
+    return f"{name}; torch {torch.__version__}"
+
+
+def main(argv=None):
+    parser = Parser(BenchConfig, __doc__, f"On a GPU the defaults are the paper's model:\n{GPU}")
+    given = parser.given(argv)
+    try:
+        device = find_device(given.get("device", BenchConfig.device))
+        config = BenchConfig(**((GPU if device.type == "cuda" else {}) | given))
+        if config.n_embd % 64:
+            raise ValueError(f"--n_embd must be a multiple of 64, not {config.n_embd}")
+        torch.manual_seed(0)
+        dwas = make_dwas(config, device)
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_float32_matmul_precision("high")
+    dtype = getattr(torch, config.dtype)
+    N = config.batch_size * config.block_size * config.n_embd
+    report = {"machine": machine(device), "config": asdict(config), "times": {}, "numbers": {}}
+    numbers = report["numbers"]
+    print(
+        f"python bench.py {' '.join(argv or sys.argv[1:])}\n{report['machine']}\n"
+        f"{config.n_layer} blocks, activations of ({config.batch_size}, {config.block_size}, "
+        f"{config.n_embd}) in {config.dtype}, {config.rounds} rounds\n"
+    )
+
+    # The DWA alone.
+    bar = tqdm(total=(len(dwas) - 1) * config.rounds, leave=False, disable=None, desc="DWA alone")
+    x = torch.randn(config.batch_size, config.block_size, config.n_embd, device=device)
+    x = x.to(dtype).requires_grad_()
+    tasks = {n: (lambda d=d: dwa_pass(d, x)) for n, d in dwas.items() if n != "plain"}
+    times = report["times"]["dwa"] = measure(tasks, config.rounds, device, bar)
+    bar.close()
+    copy = numbers["copy_bandwidth"] = bandwidth(device)
+    print(
+        "| DWA alone | forward + backward, ms | x naive | activations moved | GB/s | of copy |\n"
+        "|---|---|---|---|---|---|"
+    )
+    for row in tasks:
+        moved = activations_moved(dwas[row])
+        rate = moved * N * dtype.itemsize / statistics.median(times[row])
+        numbers[f"moved {row}"], numbers[f"rate {row}"] = moved, rate
+        milliseconds, against = (
+            1000 * statistics.median(times[row]),
+            ratio(times, row, "1x1 naive"),
+        )
+        print(
+            f"| {row} | {milliseconds:.1f} | {against:.3f} | {moved:,.0f} | {rate / 1e9:.1f} | "
+            f"{rate / copy:.0%} |"
+        )
+    print(f"the machine's own copy: {copy / 1e9:.1f} GB/s\n")
+    reached = {}
+    if "1x1" in dwas:
+        for other in ("naive", "tensordot"):
+            reached[other] = ratio(times, f"1x1 {other}", "1x1")
+        reached["bandwidth"] = numbers["rate 1x1"] / copy
+
+    if not config.dwa_only:
+        reached |= bench_model(config, device, dwas, report)
+    missed = print_bars(BARS[device.type], reached)
+    if config.json:
+        report["reached"] = {
+            " ".join(k) if isinstance(k, tuple) else k: v for k, v in reached.items()
+        }
+        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+    return missed
+
+
+def bench_model(config, device, dwas, report):
+    """Print the table of the whole model; returns what was reached, named as in BARS."""
+    times, numbers, reached = report["times"], report["numbers"], {}
+    if config.compile:
+        for n_layer in (6, config.n_layer):
+            numbers[f"compile {n_layer}"] = compile_seconds(config, device, n_layer)
+        torch.compiler.reset()
+    model = make_model(config, device)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    tasks, tokens = make_tasks(model, dwas, config, device)
+    bar = tqdm(total=sum(map(len, tasks.values())) * config.rounds, leave=False, disable=None)
+    for column in tasks:
+        bar.set_description(column)
+        times[column] = measure(tasks[column], config.rounds, device, bar)
+    bar.close()
+    for column in ("train", "forward"):
+        for row, task in tasks[column].items():
+            numbers[f"memory {column} {row}"] = peak_memory(task, device)
+
+    print(
+        "| whole model | training step, ms | x plain | forward, ms | x plain | decoding, tokens/s "
+        "| x plain's time | memory of a step, MB | + plain, activations | of a forward, MB |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
+    )
+    activation = config.batch_size * config.block_size * config.n_embd
+    activation *= getattr(torch, config.dtype).itemsize
+    for row in dwas:
+        decode = "| "
+        if row in times["decode"]:
+            speed = tokens["decode"] / statistics.median(times["decode"][row])
+            decode = f"{speed:.1f} | {ratio(times['decode'], row):.3f}"
+        step, forward = (numbers[f"memory {column} {row}"] for column in ("train", "forward"))
+        more = (step - numbers["memory train plain"]) / activation
+        print(
+            f"| {row} | {cell(times['train'], row)} | {cell(times['forward'], row)} | {decode} "
+            f"| {step / 1e6:,.0f} | {more:.1f} | {forward / 1e6:,.0f} |"
+        )
+        for column in ("train", "forward", "decode"):
+            if row in times[column]:
+                reached[row, column] = ratio(times[column], row)
+
+    # FLOPs of the model: forward 2 for each weight and token, and 2 T C in each block for the two
+    # products of causal attention; backward twice that.
+    weights = model.num_params()
+    T, C, L = config.block_size, config.n_embd, config.n_layer
+    flops = 3 * (2 * weights + 2 * L * T * C) * config.batch_size * T
+    flops /= statistics.median(times["train"]["plain"])
+    peak = numbers["matmul_peak"] = matmul_peak(device, getattr(torch, config.dtype))
+    numbers["model_flops"] = flops
+    print(
+        f"plain training: {flops / 1e12:.2f} TFLOP/s of the model, {flops / peak:.0%} of the "
+        f"{peak / 1e12:.2f} of a matrix product on this machine"
+    )
+    if "1x1" in dwas:
+        each = statistics.median(times["recompute"]["1x1"]) / tokens["recompute"]
+        reached["recompute"] = each / statistics.median(times["decode"]["1x1"]) * tokens["decode"]
+        print(
+            f"decoding without a cache: {1 / each:.1f} tokens/s with 1x1; the cache makes it "
+            f"{reached['recompute']:.1f} times as fast"
+        )
+    if config.compile:
+        few, many = (numbers[f"compile {n}"] for n in (6, config.n_layer))
+        print(f"compiling: 6 blocks {few:.1f} s, {config.n_layer} blocks {many:.1f} s")
+    print()
+    return reached
+
+
+def print_bars(bars, reached):
+    """One line for each bar that this run can judge; returns how many were missed."""
+    missed = 0
+    for name, goal in bars.items():
+        if name not in reached:
+            continue
+        value = reached[name]
+        if isinstance(name, tuple):
+            met, text = value <= goal, f"{' '.join(name)} at most {goal:.2f}x plain"
+        elif name == "bandwidth":
+            met, text = value >= goal, f"1x1 moves at least {goal:.0%} of the copy's bytes a second"
+        else:
+            met, text = value >= goal, f"1x1 at least {goal:.1f}x as fast as {name}"
+        missed += not met
+        print(f"{'met   ' if met else 'MISSED'} {value:6.3f}  {text}")
+    return missed
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(1 if main() else 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
