@@ -121,12 +121,11 @@ def make_dwas(config, device):
 
 def clock(function, device):
     """Seconds that function() takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+    wait()
     begin = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - begin
 
 
@@ -374,7 +373,7 @@ def main(argv=None):
 
     if not config.dwa_only:
         reached |= bench_model(config, device, dwas, report)
-    missed = print_bars(BARS[device.type], reached)
+    missed = print_bars(BARS.get(device.type, {}), reached)
     if config.json:
         report["reached"] = {
             " ".join(k) if isinstance(k, tuple) else k: v for k, v in reached.items()

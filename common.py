@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import sys
 import zipfile
 from dataclasses import field, fields
 from pathlib import Path
@@ -52,12 +53,18 @@ class Parser(argparse.ArgumentParser):
         self.lows = {f.name: f.metadata["low"] for f in fields(settings)}
 
     def given(self, argv: list[str] | None = None) -> dict[str, Any]:
-        flags, rest = self.parse_known_args(argv)
+        words = []
+        for word in sys.argv[1:] if argv is None else argv:
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):  # --max-iters is --max_iters
+                name = "--" + name[2:].replace("-", "_")
+            words.append(name + equals + value)
+        flags, rest = self.parse_known_args(words)
         for word in rest:
             name = word.split("=")[0]
             if not word.startswith("--"):
                 self.error(f"what is {word!r}? Every setting is a flag: --name value")
-            near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.names, n=1)
+            near = difflib.get_close_matches(name.lstrip("-"), self.names, n=1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
             self.error(f"there is no flag {name}; {hint}")
         for name, value in vars(flags).items():

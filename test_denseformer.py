@@ -1116,7 +1116,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(text, t
     ("argv", "says"),
     [
         (["--bathc_size=3"], "--batch_size"),
-        (["--max-iters=3"], "--max_iters"),
+        (["--max-iter=3"], "--max_iters"),
+        (["--max-iters", "none"], "--max_iters"),
         (["--qqq"], "--help"),
         (["3"], "'3'"),
         (["--max_iters=many"], "--max_iters"),
