@@ -334,6 +334,8 @@ def main(argv=None):
     N = config.batch_size * config.block_size * config.n_embd
     report = {"machine": machine(device), "config": asdict(config), "times": {}, "numbers": {}}
     numbers = report["numbers"]
+    # glibc maps and unmaps large memory each time until it has once seen so much given back.
+    torch.empty(31 << 20, dtype=torch.uint8)
     print(
         f"python bench.py {' '.join(argv or sys.argv[1:])}\n{report['machine']}\n"
         f"{config.n_layer} blocks, activations of ({config.batch_size}, {config.block_size}, "

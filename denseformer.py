@@ -217,7 +217,7 @@ class InPlaceMemory:
         self.k = k = int(dwa.pattern.split("x")[0])
         chains = [len(range(r, L + 1, k)) for r in range(k)]
         few = N < 1 << 14  # numbers: then the count of operations matters, not the traffic
-        self.b = dwa.tile or (chains[0] if few else 4 * math.ceil(math.sqrt(chains[0]) / 4))
+        self.b = dwa.tile or (chains[0] if few else math.ceil(1.4 * math.sqrt(chains[0])))
         # A sum of many terms is kept in float32 at least, whatever the activations are.
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         alpha = F.pad(dwa.alpha.detach(), (0, 0, 1, 0)).to(self.dtype)  # row i makes Y_i
@@ -226,25 +226,28 @@ class InPlaceMemory:
         self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
         # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
         stored = self.dtype if x.device.type == "cpu" else x.dtype
-        self.X = x.new_empty(L + 1, N, dtype=stored).split(chains)
-        self.tile = [None] * k  # the Y, or dX, of the current tile, as far as they are, (b, N)
-        self.tile_G = [None] * k  # its G, (b, N)
+        # All rows of a few tokens lie together, a page that fits a cache: X is (pages, L + 1, c).
+        self.pages = N // (x.size(-1) * math.gcd(N // x.size(-1), 16))
+        self.X = x.new_empty(self.pages, L + 1, N // self.pages, dtype=stored).split(chains, 1)
+        self.tile = [None] * k  # what the rows of a tile get from outside it, (pages, b, c)
+        self.tile_G = [None] * k  # the G of a tile
         self.dwa = dwa
         self.lowest = self.last = self.top = None  # the steps that go backward, see down
         # Autocast would round alpha to bfloat16.
         self.no_autocast = torch.autocast(x.device.type, enabled=False)
 
     def up(self, i: int, x: Tensor) -> Tensor:
+        """X_i -> Y_i."""
         r, m = i % self.k, i // self.k
         alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
-        X[m] = x.flatten()
-        if m == lo:  # a new tile begins: what its rows get from the older X
-            self.tile[r] = matmul(alpha[lo : lo + self.b, :lo], X[:lo])
+        X[:, m] = x.view(self.pages, -1)
+        if m == lo > 0:  # a new tile begins
+            self.tile[r] = weighted_sums(alpha[lo : lo + self.b, :lo], X[:, :lo])
         if m == 0:
             return x
-        y = add_matmul(self.tile[r][m - lo], alpha[m, lo : m + 1], X[lo : m + 1])
-        # .data: this row of the tile is final, though autograd sees that others still change.
-        return y.data.view_as(x).to(x.dtype)
+        ready = self.tile[r][:, m - lo : m - lo + 1] if lo else None
+        y = weighted_sums(alpha[m : m + 1, lo : m + 1], X[:, lo : m + 1], ready)
+        return y.view_as(x).to(x.dtype)
 
     def down(self, i: int, G: Tensor) -> Tensor:
         """G_i = dLoss/dY_i -> dLoss/dX_i; the steps come in falling order, each once."""
@@ -260,16 +263,19 @@ class InPlaceMemory:
         alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
         end = (self.top - r) // self.k + 1
         hi = min(lo + self.b, end)
-        if m == hi - 1:  # a new tile begins: what its rows get from later G, which X holds by now
-            self.tile[r] = matmul(alpha[hi:end, lo:hi].T, X[hi:end])
-            self.tile_G[r] = X.new_empty(hi - lo, X.size(1))
-        tile_G = self.tile_G[r]
-        tile_G[m - lo] = G.flatten()
-        dX = add_matmul(self.tile[r][m - lo], alpha[m:hi, m], tile_G[m - lo :])
+        if m == hi - 1:  # a new tile begins; beyond it, X holds G by now
+            if hi < end:
+                self.tile[r] = weighted_sums(alpha[hi:end, lo:hi].T, X[:, hi:end])
+            if self.tile_G[r] is None:
+                self.tile_G[r] = torch.empty_like(X[:, : self.b])
+        tile_G = self.tile_G[r][:, : hi - lo]
+        tile_G[:, m - lo] = G.view(self.pages, -1)
+        ready = self.tile[r][:, m - lo : m - lo + 1] if hi < end else None
+        dX = weighted_sums(alpha[m:hi, m : m + 1].T, tile_G[:, m - lo :], ready)
         if m == lo:  # the tile is complete
             if self.dalpha is not None:
-                self.dalpha[r :: self.k, r :: self.k][lo:hi, :hi] = dots(tile_G, X[:hi])
-            X[lo:hi] = tile_G
+                self.dalpha[r :: self.k, r :: self.k][lo:hi, :hi] = dots(tile_G, X[:, :hi])
+            X[:, lo:hi] = tile_G
         if i == self.lowest:
             self.X = self.tile = self.tile_G = None
         return dX.view_as(G).to(G.dtype)
@@ -319,43 +325,15 @@ class InPlaceStep(torch.autograd.Function):
         return dX, dlink, None, None
 
 
-# Sums of products in the dtype of the sum. A GPU keeps X in the dtype of the activations, and it
-# is converted a piece at a time.
-
-
-def pieces(*Xs: Tensor, dtype: torch.dtype, numbers: int = 1 << 22) -> Iterator[tuple]:
-    """The slices of all columns, a piece at a time, with the X of that piece in dtype."""
-    width = numbers // max(1, len(Xs[0]))
-    for n in range(0, Xs[0].size(1), width):
-        piece = slice(n, n + width)
-        yield piece, *(X[:, piece].to(dtype) for X in Xs)
-
-
-def matmul(A: Tensor, X: Tensor) -> Tensor:
-    """A @ X, of (a, s) with (s, N), in the dtype of A."""
-    if X.dtype == A.dtype:
-        return A @ X
-    out = A.new_empty(len(A), X.size(1))
-    for piece, x in pieces(X, dtype=A.dtype):
-        torch.mm(A, x, out=out[:, piece])
-    return out
-
-
-def add_matmul(y: Tensor, a: Tensor, X: Tensor) -> Tensor:
-    """y += a @ X in place, of (N), (s) and (s, N), in the dtype of y."""
-    if X.dtype == y.dtype:
-        return y.addmv_(X.T, a)
-    for piece, x in pieces(X, dtype=y.dtype):
-        y[piece].addmv_(x.T, a)
-    return y
+def weighted_sums(alpha: Tensor, X: Tensor, ready: Tensor | None = None) -> Tensor:
+    """alpha @ X + ready, of (a, s), (pages, s, c) and (pages, a, c), in the dtype of alpha."""
+    alpha = alpha.expand(len(X), -1, -1)
+    return alpha @ X if ready is None else torch.baddbmm(ready, alpha, X)
 
 
 def dots(G: Tensor, X: Tensor) -> Tensor:
-    """G @ X.T, of (b, N) with (s, N), in float32 at least."""
-    dtype = torch.promote_types(X.dtype, torch.float32)
-    if X.dtype == dtype:
-        return G @ X.T
-    return sum(g @ x.T for _, g, x in pieces(G, X, dtype=dtype))
+    """<G_m, X_j>, of (pages, b, c) with (pages, s, c) -> (b, s)."""
+    return (G @ X.mT).sum(0)
 
 
 # -----------------------------------------------------------------------------
