@@ -183,7 +183,8 @@ class DWA(nn.Module):
 # times that, for row i adds its share to the gradient of every earlier X. Three ideas:
 #
 # 1. One buffer. Block i's output goes into row i of X, (L + 1, N), and Y_i is one product of a
-#    vector and a matrix, alpha[i, :i+1] @ X[:i+1].
+#    vector and a matrix, alpha[i, :i+1] @ X[:i+1]. (In memory the N numbers are cut into pages, and
+#    a page has its L + 1 rows together: a product then reads one region at a time, not L + 1.)
 #
 # 2. The backward of a DWA is a DWA in reverse. With G_m = dLoss/dY_m,
 #        dLoss/dX_j         = sum over m >= j of alpha[m, j] G_m
@@ -226,7 +227,7 @@ class InPlaceMemory:
         self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
         # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
         stored = self.dtype if x.device.type == "cpu" else x.dtype
-        # All rows of a few tokens lie together, a page that fits a cache: X is (pages, L + 1, c).
+        # A page has the rows of up to 16 tokens: X is (pages, L + 1, c).
         self.pages = N // (x.size(-1) * math.gcd(N // x.size(-1), 16))
         self.X = x.new_empty(self.pages, L + 1, N // self.pages, dtype=stored).split(chains, 1)
         self.tile = [None] * k  # what the rows of a tile get from outside it, (pages, b, c)
@@ -240,7 +241,7 @@ class InPlaceMemory:
         """X_i -> Y_i."""
         r, m = i % self.k, i // self.k
         alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
-        X[:, m] = x.view(self.pages, -1)
+        X[:, m] = x.reshape(self.pages, -1)
         if m == lo > 0:  # a new tile begins
             self.tile[r] = weighted_sums(alpha[lo : lo + self.b, :lo], X[:, :lo])
         if m == 0:
@@ -269,7 +270,7 @@ class InPlaceMemory:
             if self.tile_G[r] is None:
                 self.tile_G[r] = torch.empty_like(X[:, : self.b])
         tile_G = self.tile_G[r][:, : hi - lo]
-        tile_G[:, m - lo] = G.view(self.pages, -1)
+        tile_G[:, m - lo] = G.reshape(self.pages, -1)
         ready = self.tile[r][:, m - lo : m - lo + 1] if hi < end else None
         dX = weighted_sums(alpha[m:hi, m : m + 1].T, tile_G[:, m - lo :], ready)
         if m == lo:  # the tile is complete
@@ -325,15 +326,27 @@ class InPlaceStep(torch.autograd.Function):
         return dX, dlink, None, None
 
 
+PIECE = 1 << 22  # numbers that a GPU converts at a time
+
+
 def weighted_sums(alpha: Tensor, X: Tensor, ready: Tensor | None = None) -> Tensor:
     """alpha @ X + ready, of (a, s), (pages, s, c) and (pages, a, c), in the dtype of alpha."""
-    alpha = alpha.expand(len(X), -1, -1)
-    return alpha @ X if ready is None else torch.baddbmm(ready, alpha, X)
+    if X.dtype == alpha.dtype:
+        alpha = alpha.expand(len(X), -1, -1)
+        return torch.bmm(alpha, X) if ready is None else torch.baddbmm(ready, alpha, X)
+    n = max(1, PIECE // X[0].numel())
+    readies = [None] * len(X) if ready is None else ready.split(n)
+    pieces = zip(X.split(n), readies, strict=False)
+    return torch.cat([weighted_sums(alpha, x.to(alpha.dtype), r) for x, r in pieces])
 
 
 def dots(G: Tensor, X: Tensor) -> Tensor:
-    """<G_m, X_j>, of (pages, b, c) with (pages, s, c) -> (b, s)."""
-    return (G @ X.mT).sum(0)
+    """<G_m, X_j>, of (pages, b, c) with (pages, s, c) -> (b, s), in float32 at least."""
+    dtype = torch.promote_types(X.dtype, torch.float32)
+    n = len(X) if X.dtype == dtype else max(1, PIECE // X[0].numel())
+    return sum(
+        (g.to(dtype) @ x.to(dtype).mT).sum(0) for g, x in zip(G.split(n), X.split(n), strict=True)
+    )
 
 
 # -----------------------------------------------------------------------------

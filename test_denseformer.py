@@ -510,8 +510,10 @@ def test_inplace_with_ddp(tmp_path):
             torch.testing.assert_close(grads, gradients(naive), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])  # as a CPU does, and a GPU
 @pytest.mark.parametrize("pattern", ["1x1", "4x1"])
-def test_inplace_rounds_as_a_sum_in_float32_does(pattern):
+def test_inplace_rounds_as_a_sum_in_float32_does(pattern, stored, monkeypatch):
+    monkeypatch.setattr("denseformer.PIECE", 1000)
     grads = []
     for dtype, impl in (
         (torch.bfloat16, "inplace"),
@@ -526,6 +528,8 @@ def test_inplace_rounds_as_a_sum_in_float32_does(pattern):
             dwa.alpha /= 4
         x0 = torch.randn(2, 32, 16).bfloat16().to(dtype).requires_grad_()
         (x, X), y = dwa.start(x0), []
+        if impl == "inplace":
+            X.memory.X = [rows.to(stored) for rows in X.memory.X]
         for i in range(1, 13):
             x = dwa(i, x.detach().bfloat16().to(dtype) if i > 1 else x, X)
             y.append(x)
@@ -535,6 +539,19 @@ def test_inplace_rounds_as_a_sum_in_float32_does(pattern):
     for ours, naive, exact in zip(*grads, strict=True):
         error, scale = (ours - exact).norm() / exact.norm(), (naive - exact).norm() / exact.norm()
         assert error < max(0.005, 1.1 * scale)  # bfloat16 has a rounding of 2^-9 = 0.002
+
+
+def test_inplace_takes_any_layout():
+    grads = []
+    for model in twins(n_layer=3):
+        x = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)).double()
+        x = x.transpose(0, 2).requires_grad_()
+        (y, X), dwa = model.dwa.start(x), model.dwa
+        for i in (1, 2, 3):
+            y = dwa(i, y.transpose(0, 1).cos().transpose(0, 1), X)
+        y.sum().backward()  # its gradient is one number, expanded
+        grads.append((y, x.grad, dwa.alpha.grad))
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
 
 
 # -----------------------------------------------------------------------------
