@@ -25,6 +25,7 @@ In the comments B is sequences, T tokens, C channels (n_embd), V vocabulary, L b
 import math
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -221,8 +222,8 @@ class InPlaceMemory:
         self.b = dwa.tile or (chains[0] if few else math.ceil(1.4 * math.sqrt(chains[0])))
         # A sum of many terms is kept in float32 at least, whatever the activations are.
         self.dtype = torch.promote_types(x.dtype, torch.float32)
-        alpha = F.pad(dwa.alpha.detach(), (0, 0, 1, 0)).to(self.dtype)  # row i makes Y_i
-        alpha[:k, :k] = torch.eye(k, device=x.device)  # the first of each chain: Y_i = X_i
+        alpha = torch.eye(L + 1, device=x.device, dtype=self.dtype)  # row i makes Y_i
+        alpha[k:] = dwa.alpha.detach()[k - 1 :]  # above, the first of each chain: Y_i = X_i
         self.alphas = [alpha[r::k, r::k] for r in range(k)]
         self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
         # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
@@ -234,8 +235,6 @@ class InPlaceMemory:
         self.tile_G = [None] * k  # the G of a tile
         self.dwa = dwa
         self.lowest = self.last = self.top = None  # the steps that go backward, see down
-        # Autocast would round alpha to bfloat16.
-        self.no_autocast = torch.autocast(x.device.type, enabled=False)
 
     def up(self, i: int, x: Tensor) -> Tensor:
         """X_i -> Y_i."""
@@ -298,10 +297,13 @@ class InPlacePass:
     def __init__(self, dwa: DWA, x: Tensor):
         # The memory must not know the link, which knows the memory: the two would never be freed.
         self.memory, self.link = InPlaceMemory(dwa, x), dwa.alpha
+        # Autocast would round alpha to bfloat16.
+        cast = torch.is_autocast_enabled(x.device.type)
+        self.no_autocast = torch.autocast(x.device.type, enabled=False) if cast else nullcontext()
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """X_i -> Y_i; the steps are i = 0..L in this order."""
-        with self.memory.no_autocast:
+        with self.no_autocast:
             if not torch.is_grad_enabled():
                 return self.memory.up(i, x)
             if self.memory.lowest is None and (x.requires_grad or self.link.requires_grad):
@@ -319,7 +321,7 @@ class InPlaceStep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, G, dlink):
-        with ctx.memory.no_autocast:
+        with torch.autocast(G.device.type, enabled=False):
             dX = ctx.memory.down(ctx.i, G)
         if ctx.i == 0 and ctx.memory.dalpha is not None:
             dlink = ctx.memory.alpha_gradient().to(dlink.dtype)
