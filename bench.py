@@ -434,11 +434,7 @@ def bench_model(config, device, dwas, report):
             if row in times[column]:
                 reached[row, column] = ratio(times[column], row)
 
-    # FLOPs of the model: forward 2 for each weight and token, and 2 T C in each block for the two
-    # products of causal attention; backward twice that.
-    weights = model.num_params()
-    T, C, L = config.block_size, config.n_embd, config.n_layer
-    flops = 3 * (2 * weights + 2 * L * T * C) * config.batch_size * T
+    flops = model.flops_per_token() * config.batch_size * config.block_size
     flops /= statistics.median(times["train"]["plain"])
     peak = numbers["matmul_peak"] = matmul_peak(device, getattr(torch, config.dtype))
     numbers["model_flops"] = flops

@@ -126,6 +126,22 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
+# Dense bfloat16 FLOPs a second, from the makers' data sheets; the first name that fits counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 5090": 209e12, "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The most FLOPs a second that the GPU can do, where it is one that we know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+
+
 # -----------------------------------------------------------------------------
 # Checkpoints
 

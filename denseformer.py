@@ -484,6 +484,15 @@ class DenseFormer(nn.Module):
         others = sum(p.numel() for p in self.parameters()) - self.dwa.alpha.numel()
         return others + self.dwa.num_params()
 
+    def flops_per_token(self) -> float:
+        """FLOPs of training on one token: forward, and twice that backward.
+
+        Two for each weight, and 2 T C in each block for the two products of causal attention,
+        which see T / 2 tokens on average.
+        """
+        c = self.config
+        return 3 * (2 * self.num_params() + 2 * c.n_layer * c.block_size * c.n_embd)
+
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:

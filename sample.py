@@ -5,6 +5,7 @@ python sample.py --start "ROMEO:" --num_samples 3 --temperature 0.7
 python sample.py --start FILE:prompt.txt --top_k 40 --max_new_tokens 1000
 """
 
+import codecs
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from denseformer import DenseFormer, DenseFormerConfig
 class SampleConfig:
     out_dir: str = flag("out", "folder of the run")
     checkpoint: str = flag("best", "best or last", choices=("best", "last"))
-    start: str | None = flag(None, "text to continue, or FILE:path (default: a new line)", type=str)
+    start: str | None = flag(None, "text to continue, or FILE:path (default: none)", type=str)
     num_samples: int = flag(1, "how many", low=1)
     max_new_tokens: int = flag(500, "length of each, in tokens", low=1)
     temperature: float = flag(0.8, "0 takes the likeliest token, 1 samples as learned", low=0.0)
@@ -46,8 +47,10 @@ def load_model(path, device):
 
 
 def read_prompt(start, tokenizer):
-    """The ids of the text that --start gives, (1, T)."""
-    text = tokenizer.prompt if start is None else start
+    """The text that --start gives, and its ids, (1, T)."""
+    if start is None:
+        return "", torch.tensor([tokenizer.start])
+    text = start
     if text.startswith("FILE:"):
         path = Path(text.removeprefix("FILE:"))
         try:
@@ -78,22 +81,18 @@ def main(argv=None):
     for number in range(config.num_samples):
         if config.num_samples > 1:
             print(f"{'' if number == 0 else chr(10)}--- sample {number + 1} ---")
-        print(text.lstrip("\n"), end="", flush=True)
+        print(text, end="", flush=True)
         # Sample n depends on the seed and n alone, not on how many come before it.
         generator = torch.Generator(device).manual_seed(config.seed + number)
         tokens = model.stream(
             prompt.to(device), config.max_new_tokens,
             config.temperature, config.top_k, config.top_p, generator,
         )  # fmt: skip
-        pending = []
+        # A token may end in the middle of a character; the decoder waits for the rest of it.
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in tokens:
-            pending.append(token.item())
-            piece = tokenizer.decode(pending)
-            # A token may end in the middle of a character; wait then for the rest of it.
-            if not piece.endswith("\ufffd") or len(pending) == 4:
-                print(piece, end="", flush=True)
-                pending = []
-        print(tokenizer.decode(pending))
+            print(decoder.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
+        print(decoder.decode(b"", final=True))
 
 
 if __name__ == "__main__":

@@ -8,20 +8,24 @@ import copy
 import gc
 import hashlib
 import http.server
+import io
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import torch
 from torch.nn import functional as F
 
@@ -30,13 +34,18 @@ import common
 import data
 import sample
 import train
-from data import download, textfile
+from data import download, shards, textfile
 from data.tokenizer import ByteTokenizer, CharTokenizer, from_state
 from denseformer import DWA, DenseFormer, DenseFormerConfig, InPlaceMemory, dwa_mask
 from denseformer import sample as draw
 
 HERE = Path(__file__).parent
 PATTERNS = ["none", "1x1", "2x1", "4x1", "4x5", "3x2", "1x5", "12x1"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DENSEFORMER_CACHE", str(tmp_path / "cache"))
 
 
 def tiny(dwa="1x1", n_layer=5, **flags):
@@ -841,7 +850,9 @@ def test_own_text_is_characters_or_bytes(tmp_path, monkeypatch):
     assert many.tokenizer.state() == {"kind": "byte"}
     monkeypatch.setattr(textfile, "LARGE", 100)
     large = data.load(str(file), block_size=8)
-    assert isinstance(large.train, np.memmap)
+    base = large.train
+    while not isinstance(base, np.memmap):
+        base = base.base
     for d in (many, large):
         both = np.concatenate((d.train, d.val))
         assert len(d.train) == 810
@@ -859,6 +870,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, monkeypatch, large):
         file.write_bytes(content)
         with pytest.raises(data.DataError, match=reason):
             data.load(str(file), block_size=16)
+    file.unlink()
     with pytest.raises(data.DataError, match="folder"):
         data.load(str(tmp_path), block_size=16)
     with pytest.raises(data.DataError, match="did you mean shakespeare"):
@@ -873,7 +885,6 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    monkeypatch.setenv("DENSEFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "BACKOFF", 0.01)
     monkeypatch.setattr(download, "TIMEOUT", (2.0, 0.5))
     release = threading.Event()
@@ -919,7 +930,13 @@ def server(monkeypatch, tmp_path):
 
 def fetch(server, *script, deadline=None):
     server.script, server.requests = list(script), 0
-    return download.fetch(server.url, "file.txt", len(CONTENT), SHA256, deadline)
+    path = download.cache_dir() / "file.txt"
+    return download.fetch(server.url, path, len(CONTENT), SHA256, deadline)
+
+
+def cached():
+    """What is in the cache, but for the locks, which stay."""
+    return [p.name for p in download.cache_dir().iterdir() if p.suffix != ".lock"]
 
 
 @pytest.mark.parametrize(
@@ -931,7 +948,7 @@ def test_download(server, script):
     path = fetch(server, *script)
     assert path.read_bytes() == CONTENT
     assert server.requests == len(script)
-    assert os.listdir(path.parent) == ["file.txt"]
+    assert cached() == ["file.txt"]
     assert fetch(server) == path  # from the cache: no request
     assert server.requests == 0
     path.write_bytes(CONTENT[:-1])  # a cache that went bad is fetched anew
@@ -940,14 +957,14 @@ def test_download(server, script):
 
 @pytest.mark.parametrize(
     ("script", "reason", "requests"),
-    [(["wrong"] * 4, "sha256", 4), (["truncated"] * 4, "broke off|bytes", 4),
+    [(["wrong"] * 3, "sha256", 3), (["truncated"] * 4, "broke off|bytes", 4),
      ([500] * 4, "500", 4), ([404], "404", 1), ([403], "403", 1)],
 )  # fmt: skip
 def test_a_download_that_fails_leaves_nothing(server, script, reason, requests):
     with pytest.raises(data.DataError, match=reason):
         fetch(server, *script)
     assert server.requests == requests
-    assert list(download.cache_dir().iterdir()) == []
+    assert cached() == []
 
 
 def test_a_download_from_nowhere(server):
@@ -983,7 +1000,7 @@ def test_who_named_no_data_set_gets_pydoc_when_there_is_no_network(
     assert dataset.name == "pydoc"
     assert len(dataset.train) > 300_000
     assert "TRAINING ON PYTHON'S LANGUAGE REFERENCE" in capsys.readouterr().out
-    assert list(download.cache_dir().iterdir()) == []
+    assert cached() == []
 
 
 def test_a_named_data_set_is_never_replaced(server, monkeypatch):
@@ -993,13 +1010,383 @@ def test_a_named_data_set_is_never_replaced(server, monkeypatch):
         data.load("shakespeare", block_size=64)
 
 
+# A hub: it redirects to an address on another host, says what the file is, and resumes.
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(download, "BACKOFF", 0.01)
+    monkeypatch.setattr(download, "TIMEOUT", (2.0, 0.5))
+    monkeypatch.setattr(download, "CHUNK", 1000)
+    release = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            folder, _, name = self.path[1:].partition("/")
+            content = httpd.files.get(name)
+            if content is None:
+                self.send_error(404)
+            elif folder == "resolve":
+                self.send_response(302)
+                self.send_header("Location", f"http://localhost:{httpd.server_port}/signed/{name}")
+                self.send_header("X-Linked-ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+                self.send_header("X-Linked-Size", str(len(content)))
+                self.end_headers()
+            else:
+                with contextlib.suppress(OSError):
+                    self.send(content, httpd.script.pop(0) if httpd.script else "good")
+
+        def send(self, content, word):
+            start = self.headers.get("Range", "").removeprefix("bytes=").removesuffix("-")
+            httpd.seen.append((word, start, self.headers.get("Authorization")))
+            start = int(start or 0)
+            if word == 429:
+                self.send_response(429)
+                self.send_header("Retry-After", "0.01")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            if isinstance(word, int):
+                self.send_error(word)
+                return
+            if word == "changed":  # between this attempt and the next
+                httpd.files = {name: c[::-1] for name, c in httpd.files.items()}
+            if start and word != "ignores Range":
+                self.send_response(206 if start < len(content) else 416)
+                span = f"{start}-{len(content) - 1}" if start < len(content) else "*"
+                self.send_header("Content-Range", f"bytes {span}/{len(content)}")
+                content = content[start:]
+            else:
+                self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if word == "wrong":
+                content = content[::-1]
+            half = word in ("truncated", "stalls", "changed")
+            self.wfile.write(content[: (len(content) + 1) // 2 if half else None])
+            if word == "stalls":
+                release.wait(10)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.daemon_threads = True
+    httpd.script, httpd.seen, httpd.files = [], [], {"a.bin": os.urandom(300_000)}
+    httpd.url = f"http://127.0.0.1:{httpd.server_port}/resolve"
+    threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
+    yield httpd
+    release.set()
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def starts(hub):
+    return [int(start or 0) for _, start, _ in hub.seen]
+
+
+@pytest.mark.parametrize(
+    ("script", "begins"),
+    [
+        (["good"], [0]),
+        (["truncated", "good"], [0, 150_000]),
+        (["stalls", 429, 503, "truncated", 403, "good"], [0] + [150_000] * 3 + [225_000] * 2),
+        (["truncated", "ignores Range"], [0, 150_000]),
+        (["truncated"] * 6, [300_000 - 300_000 // 2**n for n in range(6)]),
+        (["changed", "good", "good"], [0, 150_000, 0]),
+        (["wrong", "truncated", "good"], [0, 0, 150_000]),
+    ],
+)
+def test_a_download_is_resumed(hub, script, begins):
+    hub.script = script
+    path = download.fetch(f"{hub.url}/a.bin", download.cache_dir() / "a.bin")
+    assert path.read_bytes() == hub.files["a.bin"]
+    assert starts(hub)[: len(begins)] == pytest.approx(begins, abs=2000)
+    assert cached() == ["a.bin"]
+
+
+def test_a_download_is_resumed_by_a_later_process(hub):
+    path = download.cache_dir() / "a.bin"
+    hub.script = ["truncated"] + [500] * 4
+    with pytest.raises(data.DataError, match="500"):
+        download.fetch(f"{hub.url}/a.bin", path)
+    assert path.with_name(".a.bin.part").stat().st_size == 150_000
+    download.fetch(f"{hub.url}/a.bin", path)
+    assert starts(hub)[-1] == 150_000
+    assert path.read_bytes() == hub.files["a.bin"]
+    # Whole, but nobody had the time to look at it and give it its name.
+    path.rename(path.with_name(".a.bin.part"))
+    path.with_name(".a.bin.tag").write_text(hashlib.sha256(hub.files["a.bin"]).hexdigest())
+    download.fetch(f"{hub.url}/a.bin", path)
+    assert path.read_bytes() == hub.files["a.bin"]
+    assert cached() == ["a.bin"]
+
+
+def test_a_download_that_is_three_times_another_file_ends(hub):
+    hub.script = ["wrong"] * 3
+    with pytest.raises(data.DataError, match="sha256"):
+        download.fetch(f"{hub.url}/a.bin", download.cache_dir() / "a.bin")
+    assert cached() == []
+    assert len(hub.seen) == 3
+
+
+def test_a_full_disk_is_seen_before(hub, monkeypatch):
+    usage = type(shutil.disk_usage("."))(100, 90, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(data.DataError, match=r"0\.0 GB are free"):
+        download.fetch(f"{hub.url}/a.bin", download.cache_dir() / "a.bin")
+    assert cached() == []
+
+
+def test_the_token_goes_to_its_host_alone(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    download.fetch(f"{hub.url}/a.bin", download.cache_dir() / "a.bin")
+    assert hub.seen == [("good", "", None)]  # a mirror does not get it
+    sent = []
+
+    class Session(requests.Session):
+        def send(self, request, **kwargs):
+            sent.append((request.url, request.headers.get("Authorization")))
+            response = requests.Response()
+            response.request, response.url, response.status_code = request, request.url, 302
+            response.headers["Location"] = "https://cdn.example/x"
+            response.raw = io.BytesIO()
+            if "cdn.example" in request.url:
+                raise requests.ConnectionError
+            if kwargs.get("allow_redirects", True):
+                return list(self.resolve_redirects(response, request))[-1]
+            return response
+
+    monkeypatch.setattr(requests.sessions, "Session", Session)
+    with pytest.raises(data.DataError) as error:
+        download.fetch("https://huggingface.co/x", download.cache_dir() / "x")
+    assert sent[:2] == [
+        ("https://huggingface.co/x", "Bearer secret"),
+        ("https://cdn.example/x", None),
+    ]
+    assert "secret" not in str(error.value)
+
+
+def test_processes_do_not_fight_over_a_file(hub):
+    path = download.cache_dir() / "a.bin"
+    got = []
+    one = lambda: got.append(download.fetch(f"{hub.url}/a.bin", path))  # noqa: E731
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == [path] * 4
+    assert len(hub.seen) == 1
+
+
+# Tokens in files
+
+
+def test_shards_give_back_what_they_took(tmp_path):
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(60_000, size=n).astype(np.uint16) for n in (10, 1, 0, 300)]
+    for i, part in enumerate(parts):
+        with shards.Writer(tmp_path / f"{i}.bin", 2) as writer:
+            writer.write(part[:7])
+            writer.write(part[7:])
+    joined = shards.Joined([shards.read(tmp_path / f"{i}.bin") for i in range(4)])
+    whole = np.concatenate(parts)
+    assert len(joined) == len(whole)
+    for start in range(0, 20):
+        for stop in (start, start + 1, start + 12, 311, 400):
+            assert np.array_equal(joined[start:stop], whole[start:stop])
+
+    with pytest.raises(KeyboardInterrupt), shards.Writer(tmp_path / "0.bin", 2) as writer:
+        writer.write(parts[3])
+        raise KeyboardInterrupt
+    assert np.array_equal(shards.read(tmp_path / "0.bin"), parts[0])
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_damaged_shard_is_refused(tmp_path):
+    with shards.Writer(tmp_path / "a.bin", 1) as writer:
+        writer.write(np.arange(100, dtype=np.uint8))
+    good = (tmp_path / "a.bin").read_bytes()
+    assert len(good) == 124
+    for bad in (
+        b"",
+        good[:20],
+        good[:-1],
+        good + b"x",
+        b"X" + good[1:],
+        good[:8] + b"\2" + good[9:],
+    ):
+        (tmp_path / "a.bin").write_bytes(bad)
+        with pytest.raises(data.DataError, match=r"a\.bin"):
+            shards.read(tmp_path / "a.bin")
+    with pytest.raises(data.DataError, match="cannot read"):
+        shards.read(tmp_path / "none.bin")
+
+
+@pytest.fixture
+def small_gpt2(monkeypatch, tmp_path):
+    """GPT-2's tokenizer with a vocabulary of bytes and a few merges, for the real one is elsewhere.
+
+    In this process and in those that it starts.
+    """
+    pytest.importorskip("tiktoken")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import tiktoken\n"
+        "ranks = {bytes([b]): b for b in range(256)}\n"
+        "ranks |= {w: 256 + i for i, w in enumerate([b'th', b'the', b' the', b'er', b'\\n\\n'])}\n"
+        'pattern = (r"\'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+"\n'
+        "           r'|\\s+(?!\\S)|\\s+')\n"
+        "encoding = tiktoken.Encoding('gpt2', pat_str=pattern, mergeable_ranks=ranks,\n"
+        "                             special_tokens={'<|endoftext|>': 50256})\n"
+        "tiktoken.get_encoding = lambda name: encoding\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    import tiktoken
+
+    monkeypatch.setattr(tiktoken, "get_encoding", tiktoken.get_encoding)
+    exec((tmp_path / "sitecustomize.py").read_text(), {})
+    return tiktoken.get_encoding("gpt2")
+
+
+def test_text_cut_in_pieces_has_the_tokens_of_the_whole(small_gpt2, tmp_path, monkeypatch):
+    monkeypatch.setattr(textfile, "CHUNK", 64)
+    rng = np.random.default_rng(0)
+    words = [
+        "the",
+        " other",
+        "\n",
+        " ",
+        "  ",
+        "\n\n",
+        "'s",
+        "don't",
+        "12",
+        "naïve",
+        "漢字",
+        ".",
+        "\t",
+    ]
+    text = "".join(rng.choice(words, 3000))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "1.txt").write_bytes(text.encode())
+    (tmp_path / "texts" / "2.txt").write_bytes(b"the end")
+    dataset = data.load(str(tmp_path / "texts"), block_size=8, tokenizer="gpt2")
+    ids = np.concatenate((dataset.train, dataset.val)).tolist()
+    whole = small_gpt2.encode_ordinary(text)
+    assert ids == [*whole, 50256, *small_gpt2.encode_ordinary("the end"), 50256]
+    assert len(list(textfile.pieces([tmp_path / "texts" / "1.txt"]))) > 20
+    again = data.load(str(tmp_path / "texts"), block_size=8, tokenizer="gpt2")
+    assert again.fingerprint() == dataset.fingerprint()
+    assert data.load(str(tmp_path / "texts"), 8, "byte").tokenizer.state() == {"kind": "byte"}
+    with pytest.raises(data.DataError, match="openwebtext comes"):
+        data.load("openwebtext", 8, "char")
+
+
+def test_train_txt_and_val_txt_are_the_splits(tmp_path):
+    (tmp_path / "train.txt").write_text("abc" * 100)
+    (tmp_path / "val.txt").write_text("cd" * 50)
+    (tmp_path / "other.txt").write_text("xyz")
+    dataset = data.load(str(tmp_path), block_size=8)
+    assert dataset.tokenizer.decode(dataset.train.tolist()) == "abc" * 100
+    assert dataset.tokenizer.decode(dataset.val.tolist()) == "cd" * 50
+
+
+def test_a_tokenizer_must_fit_16_bits():
+    with pytest.raises(data.DataError, match="16 bits"):
+        CharTokenizer("".join(map(chr, range(0x10000, 0x20001))))
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 1000)))
+    many = CharTokenizer(text)
+    assert many.encode(text).dtype == np.uint16
+    assert many.decode(many.encode(text)) == text
+
+
+def test_files_of_nanogpt(small_gpt2, tmp_path):
+    ids = np.random.default_rng(0).integers(260, size=900).astype("<u2")
+    ids[::50] = 50256
+    ids[:800].tofile(tmp_path / "train.bin")
+    ids[800:].tofile(tmp_path / "val.bin")
+    dataset = data.load(str(tmp_path), block_size=8)
+    assert np.array_equal(dataset.train, ids[:800])
+    assert np.array_equal(dataset.val, ids[800:])
+    assert dataset.tokenizer.state() == {"kind": "gpt2"}
+    for content, reason in ((b"abc", "3 bytes"), (b"", "0 bytes"), (b"\xff" * 90, "65535")):
+        (tmp_path / "train.bin").write_bytes(content)
+        with pytest.raises(data.DataError, match=reason):
+            data.load(str(tmp_path), block_size=8)
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    with pytest.raises(data.DataError, match=r"meta\.pkl"):
+        data.load(str(tmp_path), block_size=8)
+
+
+def documents(n, seed):
+    rng = np.random.default_rng(seed)
+    words = ["the ", "other ", "thing. ", "naïve ", "\n\n", "<|endoftext|> "]
+    return ["".join(rng.choice(words, rng.integers(5, 60))) for _ in range(n)]
+
+
+def as_parquet(texts):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": texts}), file, row_group_size=100)
+    return file.getvalue()
+
+
+def test_openwebtext(small_gpt2, hub, monkeypatch, tmp_path, text):
+    texts = [documents(700, seed) for seed in range(2)]
+    name = "plain_text/train-{:05d}-of-00080.parquet"
+    hub.files = {name.format(i): as_parquet(t) for i, t in enumerate(texts)}
+    hub.script = ["truncated", 429, "stalls", "good", 503, "ignores Range"]
+    monkeypatch.setenv("OPENWEBTEXT_URL", hub.url)
+    dataset = data.load("openwebtext", block_size=16, n_shards=2)
+
+    def tokens(texts):
+        return [t for text in texts for t in (*small_gpt2.encode_ordinary(text), 50256)]
+
+    held = [[t for t in ts if zlib.crc32(t.encode()) % 100 == 0] for ts in texts]
+    kept = [t for ts in texts for t in ts if zlib.crc32(t.encode()) % 100]
+    assert dataset.val.tolist() == tokens(held[0]) != []
+    assert dataset.train[:].tolist() == tokens(kept)
+    folder = download.cache_dir() / "openwebtext"
+    visible = [p.name for p in folder.iterdir() if p.suffix != ".lock"]
+    assert sorted(visible) == ["00.train.bin", "01.train.bin", "val.bin"]
+
+    # Fewer shards have the same validation; what is there is not fetched again.
+    asked = len(hub.seen)
+    one = data.load("openwebtext", block_size=16, n_shards=1)
+    assert np.array_equal(one.val, dataset.val)
+    assert len(hub.seen) == asked
+    with pytest.raises(data.DataError, match="404"):
+        data.load("openwebtext", block_size=16, n_shards=3)
+    with pytest.raises(data.DataError, match="1 to 80"):
+        data.load("openwebtext", block_size=16, n_shards=81)
+    hub.files[name.format(2)] = b"PAR1 but no more"
+    with pytest.raises(data.DataError, match="no shard of openwebtext"):
+        data.load("openwebtext", block_size=16, n_shards=3)
+
+    # And by the scripts, as a user would.
+    settings = SMALL | {"max_iters": 10, "vocab_size": 0} | {"dataset": "openwebtext", "shards": 2}
+    del settings["vocab_size"]
+    out = tmp_path / "out"
+    run = script("train.py", *flags(**settings, out_dir=out))
+    assert run.returncode == 0, run.stderr
+    assert losses(out)[-1][2] < losses(out)[0][2]
+    run = script("sample.py", f"--out_dir={out}", "--start=the other", "--max_new_tokens=20")
+    assert run.stdout.startswith("the other"), run.stderr
+    run = script("train.py", f"--out_dir={out}", "--resume", "--max_iters=12", "--shards=1")
+    assert run.returncode == 2
+    assert "--shards" in run.stderr
+
+
 @pytest.mark.parametrize("block_size", [7, 16, 64])
 def test_validation_predicts_each_token_once(block_size):
     tokens = np.random.default_rng(0).integers(17, size=333)
     model = tiny("1x1", block_size=block_size)
     config = train.TrainConfig(batch_size=4, block_size=block_size, eval_iters=1000)
     cpu, plain = torch.device("cpu"), contextlib.nullcontext()
-    ours = train.evaluate(model, tokens, config, cpu, plain, [])
+    ours = train.evaluate(model, tokens, config, train.Ranks(), 4, cpu, plain, [])
     total = 0.0
     for s in range(0, 332, block_size):
         x, y = tokens[s : s + block_size], tokens[s + 1 : s + block_size + 1]
@@ -1008,21 +1395,42 @@ def test_validation_predicts_each_token_once(block_size):
     assert ours == pytest.approx(total / 332, rel=1e-6)
 
     config.eval_iters = 1
-    sampled = train.evaluate(model, tokens, config, cpu, plain, [])
-    assert sampled == train.evaluate(model, tokens, config, cpu, plain, []) != ours
+    sampled = train.evaluate(model, tokens, config, train.Ranks(), 4, cpu, plain, [])
+    assert (
+        sampled == train.evaluate(model, tokens, config, train.Ranks(), 4, cpu, plain, []) != ours
+    )
+
+
+class OneOf(train.Ranks):
+    """One process of n, as torchrun would start it, without the others."""
+
+    def __init__(self, rank, n):
+        self.rank, self.n = rank, n
 
 
 def test_batches_depend_on_seed_and_step_alone():
     tokens = np.arange(100, dtype=np.uint8)
-    config = train.TrainConfig(batch_size=64, block_size=8, seed=1)
-    cpu = torch.device("cpu")
-    x, y = train.get_batch(tokens, config, 5, 0, cpu)
-    assert torch.equal(x, train.get_batch(tokens, config, 5, 0, cpu)[0])
+    config = train.TrainConfig(batch_size=60, block_size=8, seed=1)
+
+    def batch(step, ranks=None, parts=1):
+        ranks = ranks or train.Ranks()
+        batches = train.get_batch(tokens, config, step, ranks, parts, torch.device("cpu"))
+        assert len({x.shape for x, _ in batches}) == 1  # or a compiled model is compiled again
+        x, y = (torch.cat(t) for t in zip(*batches, strict=True))
+        real = y[:, 0] >= 0
+        return x[real], y[real]
+
+    x, y = batch(5)
+    assert torch.equal(x, batch(5)[0])
+    assert not torch.equal(x, batch(6)[0])
     assert torch.equal(y, x + 1)  # the token that follows, and never beyond the end
     assert x.min() == 0  # the first window and the last are drawn too
     assert y.max() == 99
-    for other in ((6, 0), (5, 1)):
-        assert not torch.equal(x, train.get_batch(tokens, config, *other, cpu)[0])
+    assert torch.equal(x, batch(5, parts=7)[0])
+    for n, parts in ((2, 1), (5, 1), (4, 4)):  # every window once, whoever takes it
+        shares = [batch(5, OneOf(rank, n), parts)[0] for rank in range(n)]
+        assert {len(share) for share in shares} == {60 // n}
+        assert torch.equal(torch.cat(shares)[:, 0].sort().values, x[:, 0].sort().values)
 
 
 # -----------------------------------------------------------------------------
@@ -1116,6 +1524,45 @@ def test_resumed_is_uninterrupted(text, tmp_path):
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(parts)[name]), name
     assert losses(parts) == losses(whole)
+
+
+def torchrun(n, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
+    command += ["--master_port=0", str(HERE / "train.py"), *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+
+
+def test_two_processes_are_one(text, tmp_path):
+    same = flags(**SMALL | {"dtype": "float32", "batch_size": 6}, dataset=text, dwa="2x1")
+    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
+    assert script("train.py", *same, f"--out_dir={one}").returncode == 0
+    run = torchrun(2, *same, f"--out_dir={two}", "--gradient_accumulation_steps=2")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("what it writes now") == 1
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-3, atol=1e-5)
+    for ours, theirs in zip(losses(two), losses(one), strict=True):
+        assert ours[0] == theirs[0]
+        assert [x for x in ours if x] == pytest.approx([x for x in theirs if x], rel=1e-4)
+
+    # Begun by one process and resumed by two.
+    stopped = SMALL | {"dtype": "float32", "batch_size": 6}
+    run = torchrun(2, *flags(**stopped, dataset=text, dwa="2x1"), f"--out_dir={parts}",
+                   "--max_iters=20", "--learning_rate=1e-9", "--min_lr=0")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    checkpoint = common.load_checkpoint(parts / "last.pt")
+    assert checkpoint["step"] == 20
+    assert script("train.py", "--resume", f"--out_dir={parts}", "--max_iters=30").returncode == 0
+    assert torchrun(2, "--resume", f"--out_dir={parts}", "--max_iters=40").returncode == 0
+    assert losses(parts)[-1][0] == 40
+
+    run = torchrun(4, *same, f"--out_dir={tmp_path}/four")
+    assert run.returncode != 0
+    assert "--batch_size 6 does not divide among 4 processes" in run.stderr
+    run = torchrun(2, *same, f"--out_dir={one}")
+    assert run.returncode != 0
+    assert "holds a run already" in run.stderr
 
 
 def test_an_existing_run_is_kept(text, tmp_path, monkeypatch, capsys):

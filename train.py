@@ -5,6 +5,7 @@ python train.py --dataset my.txt           your own text
 python train.py --dwa 4x5 --out_dir out45  another sparsity pattern, kept elsewhere
 python train.py --dwa none                 the plain Transformer, to compare with
 python train.py --resume                   go on where a run was stopped
+torchrun --nproc_per_node 8 train.py       the same run on 8 GPUs
 """
 
 import contextlib
@@ -16,10 +17,13 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -30,6 +34,7 @@ from common import (
     find_dtype,
     flag,
     load_checkpoint,
+    peak_flops,
     save_checkpoint,
 )
 from denseformer import DenseFormer, DenseFormerConfig
@@ -43,10 +48,19 @@ class TrainConfig:
     # input and output
     out_dir: str = flag("out", "folder for checkpoints, logs and the loss curve")
     dataset: str | None = flag(
-        None, "shakespeare, pydoc, or the path of a UTF-8 text file "
+        None, "shakespeare, pydoc, openwebtext, or a path: of a UTF-8 text, a folder of .txt "
+        "files, a folder with nanoGPT's train.bin and val.bin "
         "(default: shakespeare, or pydoc where it cannot be downloaded)", type=str,
     )  # fmt: skip
-    preset: str = flag("auto", "what suits the device; see below", choices=("auto", "cpu", "gpu"))
+    tokenizer: str | None = flag(
+        None, "char, byte or gpt2 (default: gpt2 for openwebtext; of another text char where it "
+        "has at most 256 different ones, else byte)", choices=("char", "byte", "gpt2"), type=str,
+    )  # fmt: skip
+    shards: int = flag(1, "of openwebtext's 80, each of some 113 million tokens", low=1)
+    preset: str = flag(
+        "auto", "auto is what suits the device, cpu or gpu; see below",
+        choices=("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small"),
+    )  # fmt: skip
     resume: bool = flag(False, "go on from out_dir's last checkpoint")
     overwrite: bool = flag(False, "begin anew although out_dir holds a run")
     # model
@@ -60,8 +74,11 @@ class TrainConfig:
     dwa_impl: str = flag("inplace", "or naive, the formula itself", choices=("inplace", "naive"))
     # optimization
     max_iters: int = flag(1000, "steps of the optimizer", low=1)
-    batch_size: int = flag(12, "sequences that go through the model at once", low=1)
-    gradient_accumulation_steps: int = flag(1, "times batch_size that make a step", low=1)
+    batch_size: int = flag(12, "sequences of a step, on all GPUs together", low=1)
+    gradient_accumulation_steps: int | None = flag(
+        None, "parts that each GPU takes its sequences in, to save memory; the result is the same "
+        "(default: as few as its memory allows)", low=1, type=int,
+    )  # fmt: skip
     optimizer: str = flag(
         "muon", "muon leaves embedding, norms, alphas to adamw", choices=("adamw", "muon")
     )
@@ -75,7 +92,7 @@ class TrainConfig:
     # evaluation and logs
     eval_interval: int = flag(250, "steps from one validation and checkpoint to the next", low=1)
     eval_iters: int = flag(
-        200, "batches of a validation at most; a smaller split is used whole", low=1
+        200, "batch_size sequences of a validation at most; a smaller split is used whole", low=1
     )
     log_interval: int = flag(20, "steps from one log line to the next", low=1)
     # system
@@ -95,6 +112,14 @@ class TrainConfig:
             raise ValueError(f"--min_lr is above --learning_rate {self.learning_rate}")
 
 
+# The setting of the paper's experiments; the learning rate's end is nanoGPT's.
+PAPER = {
+    "dataset": "openwebtext", "shards": 40, "n_layer": 48, "n_head": 12, "n_embd": 768,
+    "block_size": 256, "max_iters": 40_000, "batch_size": 400, "optimizer": "adamw",
+    "learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 2000, "weight_decay": 0.1,
+    "eval_interval": 1000, "log_interval": 10,
+}  # fmt: skip
+
 PRESETS = {
     # fun within two minutes on two cores; torch before 2.9 has no Muon
     "cpu": {} if hasattr(torch.optim, "Muon") else {"optimizer": "adamw", "learning_rate": 4e-3},
@@ -104,15 +129,85 @@ PRESETS = {
         "max_iters": 5000, "batch_size": 64, "optimizer": "adamw", "learning_rate": 1e-3,
         "min_lr": 1e-4, "warmup_iters": 100, "weight_decay": 0.1, "beta2": 0.99,
     },
+    # the paper's models, and a small one to try the way with
+    "paper-48": PAPER,
+    "paper-72": PAPER | {"n_layer": 72},
+    "paper-small": PAPER | {
+        "shards": 1, "n_layer": 6, "n_head": 4, "n_embd": 256, "max_iters": 1000, "batch_size": 32,
+        "warmup_iters": 50, "eval_interval": 250,
+    },
 }  # fmt: skip
 
 # What a resumed run cannot change: it would not be the same model, data or order of batches.
 FIXED = ["n_layer", "n_head", "n_embd", "block_size", "bias", "dwa", "dataset", "preset", "seed"]
-FIXED += ["optimizer", "batch_size", "gradient_accumulation_steps"]
+FIXED += ["optimizer", "batch_size", "shards", "tokenizer"]
 
 
 class Stop(Exception):
     """The end of a run that could not go on, in one sentence."""
+
+
+# -----------------------------------------------------------------------------
+# Several GPUs
+
+
+class Ranks:
+    """The processes that torchrun started, one a GPU. Without torchrun: this one alone."""
+
+    def __init__(self):
+        self.rank, self.n = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        if self.n > 1:
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl() else "gloo")
+            # What rank 0 does alone, such as a download, may take long.
+            self.patient = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+            if self.rank > 0:
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def first(self, function, *args):
+        """function(*args) of rank 0, for all ranks; they wait. Where it fails, all of them end."""
+        if self.n == 1:
+            return function(*args)
+        box = [None]
+        try:
+            if self.rank == 0:
+                box = [(function(*args),)]
+        finally:
+            distributed.broadcast_object_list(box, 0, group=self.patient)
+        if box[0] is None:
+            sys.exit(1)
+        return box[0][0]
+
+    def device(self, device):
+        """The device of this rank, where all of them were told `device`."""
+        if self.n == 1 or device.type != "cuda":
+            return device
+        if self.local >= torch.cuda.device_count():
+            raise Stop(f"torchrun: more processes than the {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(self.local)
+        return torch.device("cuda", self.local)
+
+    def any(self, flag):
+        """Whether `flag` is true in any rank."""
+        if self.n == 1:
+            return bool(flag)
+        found = torch.tensor(bool(flag), dtype=torch.int32)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return bool(found)
+
+    def sum(self, tensor):
+        """The sum of the ranks' tensors, in place."""
+        if self.n > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def wait(self):
+        if self.n > 1:
+            distributed.barrier(group=self.patient)
+
+
+def has_nccl():
+    return torch.cuda.is_available() and distributed.is_nccl_available()
 
 
 # -----------------------------------------------------------------------------
@@ -137,36 +232,46 @@ def windows(tokens, starts, shape, device):
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def get_batch(tokens, config, step, micro_step, device):
-    """Random windows; which ones depends on seed and step alone, so a resumed run sees the same."""
-    rng = np.random.default_rng((config.seed, step, micro_step))
+def get_batch(tokens, config, step, ranks, parts, device):
+    """This rank's share of a step's random windows, as `parts` batches.
+
+    Which windows a step has depends on seed and step alone: the same for any number of GPUs and
+    parts, and for a resumed run.
+    """
+    rng = np.random.default_rng((config.seed, step))
     starts = rng.integers(len(tokens) - config.block_size, size=config.batch_size)
-    return windows(tokens, starts, (config.batch_size, config.block_size), device)
+    batches = np.array_split(starts[ranks.rank :: ranks.n], parts)
+    return [windows(tokens, b, (len(batches[0]), config.block_size), device) for b in batches]
 
 
 @torch.no_grad()
-def evaluate(model, tokens, config, device, autocast, stop):
+def evaluate(model, tokens, config, ranks, B, device, autocast, stop):
     """Mean loss on a split, the same tokens every time; None if `stop` interrupts it.
 
     The split is cut into windows of block_size side by side, so that each token is predicted
-    once. Of more than eval_iters batches of them, that many are taken, evenly spaced.
+    once. Of more than eval_iters batches of them, that many are taken, evenly spaced. B of them
+    go through the model at once.
     """
-    B, T = config.batch_size, config.block_size
-    starts = np.arange(0, len(tokens) - 1, T)
-    if len(starts) > config.eval_iters * B:
-        starts = starts[np.linspace(0, len(starts) - 1, config.eval_iters * B).astype(int)]
-    total, count = 0.0, 0
+    starts = np.arange(0, len(tokens) - 1, config.block_size)
+    most = config.eval_iters * config.batch_size
+    if len(starts) > most:
+        starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]
+    total = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, the number of tokens
+    total = total.to(device, torch.float32 if device.type == "mps" else torch.float64)
     model.eval()
-    for i in range(0, len(starts), B):
-        x, y = windows(tokens, starts[i : i + B], (B, T), device)
-        with autocast:
-            _, loss = model(x, y)
-        n = (y >= 0).sum()
-        total, count = total + loss.double() * n, count + n
-        if stop:
+    for i in range(0, math.ceil(len(starts) / ranks.n), B):
+        mine = starts[ranks.rank :: ranks.n][i : i + B]
+        if len(mine):
+            x, y = windows(tokens, mine, (B, config.block_size), device)
+            with autocast:
+                _, loss = model(x, y)
+            n = (y >= 0).sum()
+            total += torch.stack((loss.to(total.dtype) * n, n))
+        if ranks.any(stop):
             return None
     model.train()
-    return (total / count).item()
+    loss, count = ranks.sum(total).tolist()
+    return loss / count
 
 
 def learning_rate(config, step):
@@ -201,10 +306,13 @@ def first_line(error):
 
 def read_settings(argv):
     """The settings of this run, and the checkpoint that it goes on from, or None."""
-    gpu = textwrap.fill(" ".join(f"--{k}={v}" for k, v in PRESETS["gpu"].items()))
-    parser = Parser(
-        TrainConfig, __doc__, f"--preset cpu is the defaults above, --preset gpu\n{gpu}"
+    presets = "".join(
+        textwrap.fill(f"--preset {name}: " + " ".join(f"--{k}={v}" for k, v in preset.items()))
+        + "\n"
+        for name, preset in PRESETS.items()
+        if preset
     )
+    parser = Parser(TrainConfig, __doc__, f"--preset cpu is the defaults above.\n{presets}")
     given = parser.given(argv)
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     last = out_dir / "last.pt"
@@ -237,14 +345,64 @@ def read_settings(argv):
             given.pop("preset", None)
         config = TrainConfig(**(base | given))
         DenseFormerConfig(**model_flags(config), vocab_size=1)  # to find fault before the download
+        n = int(os.environ.get("WORLD_SIZE", 1))
+        if config.batch_size % n:
+            raise ValueError(
+                f"--batch_size {config.batch_size} does not divide among {n} processes"
+            )
     except ValueError as error:
         parser.error(str(error))
-    return config, device, checkpoint
+    out_dir.mkdir(parents=True, exist_ok=True)
+    return config, checkpoint
+
+
+def load_data(config):
+    return data.load(config.dataset, config.block_size, config.tokenizer, config.shards)
 
 
 def model_flags(config):
     names = {f.name for f in fields(DenseFormerConfig)} & {f.name for f in fields(TrainConfig)}
     return {name: getattr(config, name) for name in names}
+
+
+def memory(model, sequences, dtype):
+    """About how many bytes a training step takes that many sequences through the model at once."""
+    c = model.config
+    # float32: each weight, its gradient and AdamW's two means. An activation is C numbers a token:
+    # a block keeps about 20 of them, a DWA one a block. Of the logits there are four copies.
+    L, C, V = c.n_layer, c.n_embd, c.vocab_size
+    dwa = 1 if model.dwa.num_params() else 0
+    token = (20 + dwa) * L * C * dtype.itemsize + V * (2 * dtype.itemsize + 8)
+    return 16 * model.num_params() + sequences * c.block_size * token
+
+
+def find_parts(model, share, dtype, device):
+    """The fewest parts of a step's share of sequences that fit the memory, by estimate."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8e9
+    budget = max(0.8 * free, memory(model, 1, dtype))
+    return next(
+        p for p in range(1, share + 1) if memory(model, math.ceil(share / p), dtype) <= budget
+    )
+
+
+def plan(model, dataset, config, ranks, parts, dtype, device):
+    """What the run is going to do, in a few lines."""
+    tokens = config.max_iters * config.batch_size * config.block_size
+    share = config.batch_size // ranks.n
+    split = f" in {parts} parts" if parts > 1 else ""
+    gpus = f"{ranks.n} processes, the first on {device}" if ranks.n > 1 else str(device)
+    return (
+        f"{'Transformer' if config.dwa == 'none' else 'DenseFormer ' + config.dwa}: "
+        f"{config.n_layer} blocks of {config.n_embd} channels, {model.num_params():,} parameters, "
+        f"{model.dwa.num_params():,} of them alphas\n"
+        f"{dataset.name}: {len(dataset.train):,} tokens to train on, {len(dataset.val):,} to "
+        f"validate with, {dataset.tokenizer.vocab_size:,} different\n"
+        f"on {gpus} in {str(dtype)[6:]}: {config.max_iters:,} steps of {config.batch_size} x "
+        f"{config.block_size} tokens{split}\n"
+        f"{tokens:,} tokens, {tokens / len(dataset.train):.1f} times the data; "
+        f"{model.flops_per_token() * tokens:.1e} FLOPs; some "
+        f"{memory(model, math.ceil(share / parts), dtype) / 1e9:.1f} GB of memory"
+    )
 
 
 def open_log(path, step):
@@ -263,11 +421,14 @@ def open_log(path, step):
 
 
 def main(argv=None):
-    config, device, checkpoint = read_settings(argv)
-    dataset = data.load(config.dataset, config.block_size)
-    config.dataset = dataset.name  # a resumed run shall not choose again
+    ranks = Ranks()
+    config, checkpoint = ranks.first(read_settings, argv)
+    device = ranks.device(find_device(config.device))
+    # Rank 0 settles which data it is and gets it; another machine then gets its own copy.
+    config.dataset = ranks.first(lambda: load_data(config).name)  # nor shall a resumed run choose
+    dataset = load_data(config)
+    ranks.wait()
     out_dir = Path(config.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     where = "" if config.out_dir == TrainConfig.out_dir else f" --out_dir {out_dir}"
 
     torch.manual_seed(config.seed)
@@ -280,18 +441,19 @@ def main(argv=None):
     dtype = find_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    print(
-        f"{'Transformer' if config.dwa == 'none' else 'DenseFormer ' + config.dwa}: "
-        f"{config.n_layer} blocks of {config.n_embd} channels, {model.num_params():,} parameters, "
-        f"{model.dwa.num_params():,} of them alphas\n"
-        f"{dataset.name}: {len(dataset.train):,} tokens to train on, {len(dataset.val):,} to "
-        f"validate with, {dataset.tokenizer.vocab_size} different\n"
-        f"on {device} in {str(dtype)[6:]}: {config.max_iters:,} steps of "
-        f"{config.gradient_accumulation_steps * config.batch_size} x {config.block_size} tokens",
-        flush=True,
-    )
+    share = config.batch_size // ranks.n  # sequences of a step
+    parts = config.gradient_accumulation_steps or find_parts(model, share, dtype, device)
+    parts = min(parts, share)
+    B = math.ceil(share / parts)  # sequences that go through the model at once
+    step_tokens = config.batch_size * config.block_size
+    print(plan(model, dataset, config, ranks, parts, dtype, device), flush=True)
     if config.compile or (config.compile is None and device.type == "cuda"):
-        compile_blocks(model, get_batch(dataset.train, config, 0, 0, device), autocast)
+        compile_blocks(
+            model, get_batch(dataset.train, config, 0, ranks, parts, device)[0], autocast
+        )
+    ddp = model
+    if ranks.n > 1:
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     step, best = 0, math.inf
     if checkpoint:
@@ -301,23 +463,16 @@ def main(argv=None):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(checkpoint["scaler"])
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
         step, best = checkpoint["step"], checkpoint["best"]
         print(f"going on from step {step:,}", flush=True)
 
     def save(name):
         if not all(p.isfinite().all() for p in model.parameters()):
             diverged("a weight that is not finite")
-        rng = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(device)
         content = {
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(),
-            "rng": rng,
             "model_config": asdict(model_config),
             "train_config": asdict(config),
             "tokenizer": dataset.tokenizer.state(),
@@ -325,7 +480,8 @@ def main(argv=None):
             "step": step,
             "best": best,
         }
-        save_checkpoint(out_dir / name, content)
+        if ranks.rank == 0:
+            save_checkpoint(out_dir / name, content)
 
     def diverged(what):
         raise Stop(
@@ -341,24 +497,32 @@ def main(argv=None):
         signal.signal(number, signal.default_int_handler)
 
     handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-    log = open_log(out_dir / "log.jsonl", step)
-    bar = tqdm(total=config.max_iters, initial=step, unit="step", disable=None)
+    log = ranks.rank == 0 and open_log(out_dir / "log.jsonl", step)
+
+    def write(**entry):
+        if log:
+            log.write(json.dumps(entry) + "\n")
+
+    silent = True if ranks.rank else None
+    bar = tqdm(total=config.max_iters, initial=step, unit="step", disable=silent)
     begin, first_step = time.time(), step
-    train_time, tokens_seen, loss_value = 0.0, 0, math.nan
+    train_time, steps_seen, loss_value = 0.0, 0, math.nan
+    peak = peak_flops(device)
+    batches = get_batch(dataset.train, config, step, ranks, parts, device)
     model.train()
     while True:
         if step % config.eval_interval == 0 or step == config.max_iters:
-            val_loss = evaluate(model, dataset.val, config, device, autocast, stop)
+            val_loss = evaluate(model, dataset.val, config, ranks, B, device, autocast, stop)
             if val_loss is not None:
                 if not math.isfinite(val_loss):
                     diverged(f"a validation loss of {val_loss}")
-                log.write(json.dumps({"step": step, "val_loss": val_loss}) + "\n")
-                bar.write(f"step {step:>6,}  validation loss {val_loss:.4f}")
+                write(step=step, val_loss=val_loss)
+                print_line(bar, f"step {step:>6,}  validation loss {val_loss:.4f}")
                 if val_loss < best:
                     best = val_loss
                     save("best.pt")
                 save("last.pt")
-        if stop or step == config.max_iters:
+        if ranks.any(stop) or step == config.max_iters:
             break
 
         begin_step = time.time()
@@ -366,13 +530,17 @@ def main(argv=None):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
+        if config.dropout:  # the same in a resumed run
+            torch.manual_seed(hash((config.seed, step, ranks.rank)))
         loss = torch.zeros((), device=device)
-        for micro_step in range(config.gradient_accumulation_steps):
-            x, y = get_batch(dataset.train, config, step, micro_step, device)
-            with autocast:
-                micro_loss = model(x, y)[1] / config.gradient_accumulation_steps
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+        for part, (x, y) in enumerate(batches, start=1):
+            # Gradients are averaged over the GPUs once, after the last part.
+            last = ranks.n == 1 or part == len(batches)
+            with contextlib.nullcontext() if last else ddp.no_sync():
+                with autocast:
+                    part_loss = ddp(x, y)[1] * ((y[:, 0] >= 0).sum() / share)
+                scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         if config.grad_clip:
@@ -383,41 +551,57 @@ def main(argv=None):
         scaler.update()
         step += 1
         bar.update()
+        # A GPU is still at work on this step while the CPU gets the next batch.
+        batches = get_batch(dataset.train, config, step, ranks, parts, device)
 
-        tokens_seen += x.numel() * config.gradient_accumulation_steps
+        steps_seen += 1
         if step % config.log_interval == 0:
-            loss_value = loss.item()  # waits for the GPU, which is why it is not done each step
+            # This waits for the GPU, which is why it is not done each step.
+            loss_value = ranks.sum(loss).item() / ranks.n
             if not math.isfinite(loss_value):
                 diverged(f"a training loss of {loss_value}")
         train_time += time.time() - begin_step
         if step % config.log_interval == 0:
-            speed = tokens_seen / train_time
+            speed = steps_seen * step_tokens / train_time
             left = (time.time() - begin) / (step - first_step) * (config.max_iters - step)
             entry = {"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(speed)}
-            log.write(json.dumps(entry) + "\n")
             text = f"loss {loss_value:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s"
+            if peak:
+                entry["mfu"] = speed * model.flops_per_token() / (peak * ranks.n)
+                text += f"  MFU {entry['mfu']:.0%}"
+            write(**entry)
             bar.set_postfix_str(text)
             if bar.disable:
                 print(f"step {step:>6,}  {text}  {tqdm.format_interval(left)} left", flush=True)
-            train_time, tokens_seen = 0.0, 0
+            train_time, steps_seen = 0.0, 0
     bar.close()
-    log.close()
-    if stop and step < config.max_iters:
+    if log:
+        log.close()
+    if step < config.max_iters:
         save("last.pt")
         print(f"\nstopped at step {step:,} and saved; to go on: python train.py --resume{where}")
-        return 128 + stop[0]
+        return 128 + (stop or [signal.SIGTERM])[0]
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if ranks.rank == 0:
+        finish(model, dataset, out_dir, where, device, time.time() - begin, val_loss, best)
+    ranks.wait()
+    return 0
 
-    seconds = time.time() - begin
+
+def finish(model, dataset, out_dir, where, device, seconds, val_loss, best):
+    """The end of a run for a person to see."""
     print(f"\n{seconds:.0f} seconds; validation loss {val_loss:.4f}, at best {best:.4f}")
     plot(out_dir)
-    prompt = torch.from_numpy(dataset.tokenizer.encode(dataset.tokenizer.prompt).astype(np.int64))
+    prompt = torch.tensor([dataset.tokenizer.start], device=device)
     with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]):
-        ids = model.generate(prompt[None].to(device), 300, temperature=0.8)
+        ids = model.generate(prompt, 300, temperature=0.8)
     rule, text = "-" * 80, dataset.tokenizer.decode(ids[0].tolist()).strip()
     print(f"what it writes now:\n{rule}\n{text}\n{rule}\nmore of it: python sample.py{where}")
-    return 0
+
+
+def print_line(bar, text):
+    print(text, flush=True) if bar.disable else bar.write(text)
 
 
 def plot(out_dir):
@@ -449,8 +633,8 @@ if __name__ == "__main__":
     except (Stop, CheckpointError, data.DataError) as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("train.py: out of memory; a smaller --batch_size with more "
-                 "--gradient_accumulation_steps makes the same step of less")  # fmt: skip
+        sys.exit("train.py: out of memory; more --gradient_accumulation_steps make the same step "
+                 "of less")  # fmt: skip
     except OSError as error:
         sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror}")
     except KeyboardInterrupt:

@@ -4,45 +4,53 @@
     dataset.train, dataset.val      1-D arrays of token ids, memory-mapped where they are large
     dataset.tokenizer               encode: str -> ids, decode: ids -> str, vocab_size, state()
 
-A data set is a file here with a function `load() -> Dataset`, and a line in DATASETS.
+A data set is a file here with a function `load(...) -> Dataset`, and a line in DATASETS.
 """
 
 import difflib
 from pathlib import Path
 
-from data import pydoc_topics, shakespeare, textfile
+from data import openwebtext, pydoc_topics, shakespeare, textfile
 from data.dataset import DataError, Dataset
 
 DATASETS = {
-    "shakespeare": shakespeare.load,  # the default: 1.1 MB, downloaded
-    "pydoc": pydoc_topics.load,  # its stand-in without a network: 0.5 MB, inside Python
+    "shakespeare": "the default: 1.1 MB, downloaded",
+    "pydoc": "its stand-in without a network: 0.5 MB, inside Python",
+    "openwebtext": "web pages, 80 shards of 300 MB to download",
 }
 
 # How long to wait for a network before a run that named no data set goes on without one.
 PATIENCE = 12.0  # seconds
 
 
-def load(name: str | None, block_size: int) -> Dataset:
-    """The data set of that name in DATASETS, or of the text file at that path.
+def load(
+    name: str | None, block_size: int, tokenizer: str | None = None, n_shards: int = 1
+) -> Dataset:
+    """The data set of that name in DATASETS, or of the text at that path.
 
     None is Tiny Shakespeare, or pydoc where that cannot be downloaded, which it says in a line.
-    Raises DataError, with one sentence, for an unknown name, a file that is no UTF-8 text, a
-    failed download, or data too short for one window of block_size tokens and the next token.
+    tokenizer is char, byte, gpt2, or None: what suits the text. n_shards is of openwebtext. Raises
+    DataError, with one sentence, for an unknown name, a file that is no UTF-8 text, a failed
+    download, or data too short for one window of block_size tokens and the next token.
     """
     if name is None:
         try:
-            dataset = shakespeare.load(deadline=PATIENCE)
+            dataset = shakespeare.load(tokenizer, deadline=PATIENCE)
         except DataError as error:
-            dataset = pydoc_topics.load()
+            dataset = pydoc_topics.load(tokenizer)
             print(
                 f"TINY SHAKESPEARE IS OUT OF REACH ({error}): TRAINING ON PYTHON'S LANGUAGE "
                 f"REFERENCE INSTEAD. To insist, --dataset shakespeare; or --dataset YOUR.txt",
                 flush=True,
             )
-    elif name in DATASETS:
-        dataset = DATASETS[name]()
+    elif name == "shakespeare":
+        dataset = shakespeare.load(tokenizer)
+    elif name == "pydoc":
+        dataset = pydoc_topics.load(tokenizer)
+    elif name == "openwebtext":
+        dataset = openwebtext.load(n_shards, tokenizer)
     elif Path(name).exists():
-        dataset = textfile.load(Path(name))
+        dataset = textfile.load(Path(name), tokenizer)
     else:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the data sets are {', '.join(DATASETS)}."

@@ -1,20 +1,29 @@
-"""Fetch a file once: with time limits, retries and a progress bar; whole and verified, or not."""
+"""Fetch a file once: resumed, retried, with a progress bar; whole and verified, or not at all."""
 
+import contextlib
 import hashlib
+import math
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
+from filelock import FileLock
 from tqdm import tqdm
 
 from data.tokenizer import DataError
 
-CHUNK = 1 << 16  # bytes
+CHUNK = 1 << 14  # bytes; a connection that breaks loses less than one
 TIMEOUT = (5.0, 15.0)  # seconds to connect, and to wait for the next bytes
-TRIES = 4
+TRIES = 4  # in a row that bring nothing new
+CHECKS = 3  # times that a file may arrive whole and be another
 BACKOFF = 1.0  # seconds before the second try; each later pause is twice as long
+RATE_LIMIT = 30.0  # times that, where a server is asked too often and does not say how long to wait
+SPARE = 100_000_000  # bytes of disk to leave free
+TOKEN_HOST = "huggingface.co"  # HF_TOKEN is for this host alone
 
 
 def cache_dir() -> Path:
@@ -22,63 +31,164 @@ def cache_dir() -> Path:
     return Path(os.environ.get("DENSEFORMER_CACHE") or Path(__file__).parent / "cache")
 
 
-def fetch(url: str, name: str, size: int, sha256: str, deadline: float | None = None) -> Path:
-    """The path of the file `name` in the cache, got from `url` if it is not there yet.
+class BadFile(Exception):
+    """What is wrong with what was received."""
 
-    url is an http(s) address or the path of a local copy. The file has `size` bytes and that
-    sha256. Raises DataError, with the reason, where it cannot be had; with a deadline, at the
-    latest that many seconds from now. What is in the cache under that name is always whole.
+
+class WrongFile(BadFile):
+    """It is whole, and not the file that it should be."""
+
+
+class NoUse(BadFile):
+    """Another try would bring the same."""
+
+
+def fetch(
+    url: str,
+    path: Path,
+    size: int | None = None,
+    sha256: str | None = None,
+    deadline: float | None = None,
+) -> Path:
+    """Get the file at `url` to `path`, unless it is there. Returns path, which is always whole.
+
+    url is an http(s) address or the path of a local copy. size and sha256 are what the file must
+    have; where they are None, the server's word is taken. What an interrupted download brought is
+    kept and gone on from, if the server tags its content. Of several processes that want the file
+    one gets it and the others wait. Raises DataError, with the reason, where the file cannot be
+    had; with a deadline, at the latest that many seconds from now.
     """
-    path = cache_dir() / name
-    if path.is_file() and digest(path) == sha256:
-        return path
-    part = path.with_name(f".{name}.{os.getpid()}.part")
+    part, tag = (path.with_name(f".{path.name}.{end}") for end in ("part", "tag"))
     try:
+        if is_there(path, sha256):
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if url.startswith(("http://", "https://")):
-            within(deadline, lambda given_up: download(url, part, size, sha256, given_up))
-        else:
-            shutil.copyfile(url, part)
-            verify(part, size, sha256)
-        os.replace(part, path)
-    except OSError as error:
-        raise DataError(f"cannot get {url}: {error.strerror or error}") from None
-    except BadFile as error:
-        raise DataError(f"cannot get {url}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock"), -1 if deadline is None else deadline):
+            if is_there(path, sha256):
+                return path
+            try:
+                if url.startswith(("http://", "https://")):
+                    job = lambda given_up: download(url, part, tag, size, sha256, given_up)  # noqa: E731
+                    within(deadline, job)
+                else:
+                    shutil.copyfile(url, part)
+                    verify(part, size, sha256)
+                os.replace(part, path)
+                tag.unlink(missing_ok=True)
+            finally:
+                if not tag.exists():  # nobody could go on with it
+                    part.unlink(missing_ok=True)
+    except (OSError, BadFile) as error:
+        raise DataError(f"cannot get {url}: {getattr(error, 'strerror', None) or error}") from None
     return path
 
 
-class BadFile(Exception):
-    """Something was received, and it is not the file."""
+def is_there(path: Path, sha256: str | None) -> bool:
+    return path.is_file() and (sha256 is None or digest(path) == sha256)
 
 
-def download(url: str, part: Path, size: int, sha256: str, given_up: threading.Event):
-    for attempt in range(1, TRIES + 1):
-        if given_up.wait(BACKOFF * 2 ** (attempt - 2) if attempt > 1 else 0):
-            return
+def download(url, part, tag, size, sha256, given_up: threading.Event):
+    """Try until `part` is whole and right, or until that is not to be expected any more."""
+    tries = checks = furthest = pause = 0
+    while not given_up.wait(pause):
         try:
-            with requests.get(url, stream=True, timeout=TIMEOUT) as response:
-                response.raise_for_status()
-                options = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
-                bar = tqdm(total=size, desc="downloading", **options)
-                with part.open("wb") as file, bar:
-                    for chunk in response.iter_content(CHUNK):
-                        file.write(chunk)
-                        bar.update(len(chunk))
-                        if file.tell() > size:
-                            break  # whatever this is, verify will refuse it
-                    file.flush()
-                    os.fsync(file.fileno())
-            verify(part, size, sha256)
+            verify(part, *receive(url, part, tag, size, sha256, given_up))
             return
         except (requests.RequestException, BadFile) as error:
-            response = getattr(error, "response", None)
-            status = None if response is None else response.status_code
-            # The server's final word; too many requests and its own failures may pass.
-            if attempt == TRIES or (status and 400 <= status < 500 and status not in (408, 429)):
+            here = part.stat().st_size if part.exists() else 0
+            tries, furthest = (1, here) if here > furthest else (tries + 1, furthest)
+            if isinstance(error, WrongFile):
+                checks += 1
+                tag.unlink(missing_ok=True)  # to begin anew
+            if tries == TRIES or checks == CHECKS or is_final(error):
                 raise BadFile(reason(error)) from None
+            pause = pause_after(error, tries)
+            if pause > 5:
+                tqdm.write(f"{part.name[1:-5]}: {reason(error)}; next try in {pause:.0f} seconds")
+
+
+def receive(url, part, tag, size, sha256, given_up):
+    """Get the file, or the rest of it, into `part`; returns the size and sha256 it should have.
+
+    `tag` keeps what the server calls this content, so that a later try knows whether the rest it
+    is offered is the rest of the same file.
+    """
+    known = tag.read_text() if tag.exists() and part.exists() else None
+    have = part.stat().st_size if known else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    if os.environ.get("HF_TOKEN") and urlsplit(url)[:2] == ("https", TOKEN_HOST):
+        # requests takes it off again where a redirect leads to another host.
+        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        # A hub redirects to an address that expires, and knows the file better than that does.
+        hub = (*response.history, response)[0].headers
+        name = (hub.get("X-Linked-ETag") or response.headers.get("ETag") or "").strip('W/"')
+        if "X-Linked-ETag" in hub and re.fullmatch("[0-9a-f]{64}", name):
+            sha256 = sha256 or name
+        total = int(hub.get("X-Linked-Size") or 0)
+        if response.status_code in (206, 416):
+            span = re.fullmatch(
+                r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", "")
+            )
+            start = int(span[1] or span[2]) if span else -1
+            if name != known or start != have:
+                tag.unlink()
+                raise BadFile("the file on the server changed")
+            total = int(span[2])
+            if response.status_code == 416:  # it was whole already
+                return size or total, sha256
+        else:
+            response.raise_for_status()
+            have = 0
+            total = total or int(response.headers.get("Content-Length") or 0)
+        free = shutil.disk_usage(part.parent).free
+        if free < total - have + SPARE:
+            raise NoUse(
+                f"it needs {(total - have) / 1e9:.1f} GB in {part.parent}, and "
+                f"{free / 1e9:.1f} GB are free"
+            )
+        if name:
+            tag.write_text(name)
+        else:
+            tag.unlink(missing_ok=True)
+        limit = size or total or math.inf
+        options = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
+        bar = tqdm(total=total or None, initial=have, desc=part.name[1:-5], **options)
+        with part.open("ab" if have else "wb") as file, bar:
+            for chunk in response.iter_content(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+                if given_up.is_set() or file.tell() > limit:
+                    break  # verify will refuse it
+            file.flush()
+            os.fsync(file.fileno())
+    return size or total or None, sha256
+
+
+def status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else response.status_code
+
+
+def is_final(error: Exception) -> bool:
+    """Whether that is the last word; too many requests and a server's own failures may pass."""
+    code = status(error)
+    if isinstance(error, NoUse) or code is None or code in (408, 429):
+        return isinstance(error, NoUse)
+    # Behind a redirect it may be that the signed address expired on the way; the next is fresh.
+    return 400 <= code < 500 and not error.response.history
+
+
+def pause_after(error: Exception, tries: int) -> float:
+    """Seconds to wait before the next try."""
+    pause = BACKOFF * 2 ** (tries - 1)
+    if status(error) == 429:
+        pause *= RATE_LIMIT
+        with contextlib.suppress(TypeError, ValueError):
+            pause = float(error.response.headers.get("Retry-After"))
+    return min(pause, 600.0)
 
 
 def reason(error: Exception) -> str:
@@ -94,11 +204,13 @@ def reason(error: Exception) -> str:
     return str(error)
 
 
-def verify(path: Path, size: int, sha256: str):
-    if path.stat().st_size != size:
-        raise BadFile(f"it should have {size:,} bytes, what came has {path.stat().st_size:,}")
-    if digest(path) != sha256:
-        raise BadFile(f"it should have the sha256 {sha256}, what came has {digest(path)}")
+def verify(path: Path, size: int | None, sha256: str | None):
+    came = path.stat().st_size
+    if size is not None and came != size:
+        kind = BadFile if came < size else WrongFile
+        raise kind(f"it should have {size:,} bytes, what came has {came:,}")
+    if sha256 is not None and digest(path) != sha256:
+        raise WrongFile(f"it should have the sha256 {sha256}, what came has {digest(path)}")
 
 
 def digest(path: Path) -> str:
