@@ -1565,6 +1565,30 @@ def test_two_processes_are_one(text, tmp_path):
     assert "holds a run already" in run.stderr
 
 
+def test_a_step_is_cut_to_fit_the_memory():
+    cpu = torch.device("cpu")
+    with torch.device("meta"):
+        small = tiny(n_layer=2)
+        paper = {"n_layer": 48, "n_head": 12, "n_embd": 768, "block_size": 256}
+        large = DenseFormer(DenseFormerConfig(vocab_size=50304, **paper))
+    assert train.find_parts(small, 12, torch.float32, cpu) == 1
+    assert train.find_parts(large, 1, torch.float32, cpu) == 1  # one is the least there is
+    one = train.memory(large, 1, torch.bfloat16)
+    assert 16 * large.num_params() < one < 8e9
+    parts = train.find_parts(large, 400, torch.bfloat16, cpu)
+    assert train.memory(large, math.ceil(400 / parts), torch.bfloat16) <= 6.4e9
+    assert train.memory(large, math.ceil(400 / (parts - 1)), torch.bfloat16) > 6.4e9
+
+
+def test_presets_are_settings():
+    for name, preset in train.PRESETS.items():
+        config = train.TrainConfig(**preset | {"preset": name})
+        DenseFormerConfig(**train.model_flags(config), vocab_size=50304)
+    paper = train.TrainConfig(**train.PRESETS["paper-48"])
+    assert paper.n_embd // paper.n_head == 64
+    assert paper.warmup_iters == 0.05 * paper.max_iters
+
+
 def test_an_existing_run_is_kept(text, tmp_path, monkeypatch, capsys):
     same = flags(**SMALL | {"max_iters": 2}, dataset=text, out_dir=tmp_path / "out")
     assert train.main(same) == 0

@@ -401,7 +401,7 @@ def plan(model, dataset, config, ranks, parts, dtype, device):
         f"{config.block_size} tokens{split}\n"
         f"{tokens:,} tokens, {tokens / len(dataset.train):.1f} times the data; "
         f"{model.flops_per_token() * tokens:.1e} FLOPs; some "
-        f"{memory(model, math.ceil(share / parts), dtype) / 1e9:.1f} GB of memory"
+        f"{memory(model, math.ceil(share / parts), dtype) / 1e9:.2g} GB of memory"
     )
 
 
@@ -596,7 +596,7 @@ def finish(model, dataset, out_dir, where, device, seconds, val_loss, best):
     prompt = torch.tensor([dataset.tokenizer.start], device=device)
     with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]):
         ids = model.generate(prompt, 300, temperature=0.8)
-    rule, text = "-" * 80, dataset.tokenizer.decode(ids[0].tolist()).strip()
+    rule, text = "-" * 80, dataset.tokenizer.decode(ids[0, prompt.size(1) :].tolist()).strip()
     print(f"what it writes now:\n{rule}\n{text}\n{rule}\nmore of it: python sample.py{where}")
 
 
