@@ -79,7 +79,9 @@ def fetch(
                 if not tag.exists():  # nobody could go on with it
                     part.unlink(missing_ok=True)
     except (OSError, BadFile) as error:
-        raise DataError(f"cannot get {url}: {getattr(error, 'strerror', None) or error}") from None
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot get {url}: {where}{why}") from None
     return path
 
 

@@ -73,7 +73,7 @@ def get(i: int, folder: Path) -> Path:
     try:
         return download.fetch(f"{HUB}{pinned}/{name}", path, sha256=SHARD_0 if i == 0 else None)
     except DataError as error:
-        if "404" not in str(error):
+        if "answers 404" not in str(error):
             raise
         return download.fetch(f"{HUB}{newest}/{name}", path)
 

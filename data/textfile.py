@@ -44,7 +44,7 @@ def load(path: Path, kind: str | None) -> Dataset:
         tokenizer = make_tokenizer(kind, chars)
         ids = {name: encode(files, tokenizer, size) for name, files in texts.items()}
     except OSError as error:
-        raise DataError(f"cannot read {error.filename or path}: {error.strerror}") from None
+        raise DataError(f"cannot get tokens of {path}: {error.strerror}") from None
     if "val" in ids:
         return Dataset(str(path), ids["train"], ids["val"], tokenizer)
     return split(str(path), ids["all"], tokenizer)
