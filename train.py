@@ -205,6 +205,11 @@ class Ranks:
         if self.n > 1:
             distributed.barrier(group=self.patient)
 
+    def leave(self):
+        self.wait()
+        if self.n > 1:
+            distributed.destroy_process_group()
+
 
 def has_nccl():
     return torch.cuda.is_available() and distributed.is_nccl_available()
@@ -580,12 +585,13 @@ def main(argv=None):
     if step < config.max_iters:
         save("last.pt")
         print(f"\nstopped at step {step:,} and saved; to go on: python train.py --resume{where}")
+        ranks.leave()
         return 128 + (stop or [signal.SIGTERM])[0]
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if ranks.rank == 0:
         finish(model, dataset, out_dir, where, device, time.time() - begin, val_loss, best)
-    ranks.wait()
+    ranks.leave()
     return 0
 
 

@@ -17,9 +17,9 @@ from data.tokenizer import GPT2Tokenizer, Tokenizer
 LARGE = 100_000_000  # bytes; the tokens of a longer text are kept in a file, not in memory
 CHUNK = 1 << 20  # bytes read at a time
 
-# Between two letters a single space or newline begins a new token of GPT-2's, so a text that is
-# cut before it has the same tokens as the whole.
-CUT = re.compile(r"(?<=\S)[ \n](?=\S)")
+# Where white space begins, a new token of GPT-2's begins: a text that is cut there has the same
+# tokens as the whole.
+CUT = re.compile(r"(?<=\S)[ \n]")
 
 
 def load(path: Path, kind: str | None) -> Dataset:
