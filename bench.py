@@ -39,7 +39,7 @@ class BenchConfig:
     block_size: int = flag(256, "tokens of each", low=64)
     vocab_size: int = flag(256, "different tokens", low=1)
     dtype: str = flag("float32", "of activations", choices=("float32", "bfloat16"))
-    compile: bool = flag(False, "torch.compile the blocks")
+    compile: bool = flag(False, "torch.compile the model")
     device: str = flag("auto", "cuda, cuda:1, cpu; auto takes the first of them that is here")
     rounds: int = flag(5, "times that everything is measured", low=1)
     tile: int = flag(0, "rows of an in-place tile; 0 leaves it to the model", low=0)
@@ -282,8 +282,7 @@ def compile_seconds(config, device, n_layer):
     """Seconds from a new model to its first compiled training step, less an ordinary step."""
     torch.compiler.reset()
     model = make_model(config, device, n_layer)
-    for block in model.blocks:
-        block.compile()
+    model.compile()
     tasks, _ = make_tasks(model, {"plain": model.dwa}, config, device)
     with torch.compiler.config.patch(force_disable_caches=True):
         first = clock(tasks["train"]["plain"], device)
@@ -400,8 +399,7 @@ def bench_model(config, device, dwas, report):
         torch.compiler.reset()
     model = make_model(config, device)
     if config.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile()
     tasks, tokens = make_tasks(model, dwas, config, device)
     bar = tqdm(total=sum(map(len, tasks.values())) * config.rounds, leave=False, disable=None)
     for column in tasks:

@@ -101,7 +101,7 @@ class TrainConfig:
         "auto", "of activations; auto is bfloat16 where the hardware has it, else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
-    compile: bool | None = flag(None, "torch.compile the blocks (default: on cuda only)", type=bool)
+    compile: bool | None = flag(None, "torch.compile the model (default: on cuda only)", type=bool)
     seed: int = flag(1337, "of weights, batches and dropout", low=0)
 
     def __post_init__(self):
@@ -288,10 +288,9 @@ def learning_rate(config, step):
     return config.min_lr + (config.learning_rate - config.min_lr) * cosine
 
 
-def compile_blocks(model, batch, autocast):
-    """Compile the blocks, and try them; where the compiler fails, go on without it."""
-    for block in model.blocks:
-        block.compile()
+def compile_model(model, batch, autocast):
+    """Compile the model, and try it; where the compiler fails, go on without."""
+    model.compile()
     try:
         with autocast:
             model(*batch)[1].backward()
@@ -453,9 +452,7 @@ def main(argv=None):
     step_tokens = config.batch_size * config.block_size
     print(plan(model, dataset, config, ranks, parts, dtype, device), flush=True)
     if config.compile or (config.compile is None and device.type == "cuda"):
-        compile_blocks(
-            model, get_batch(dataset.train, config, 0, ranks, parts, device)[0], autocast
-        )
+        compile_model(model, get_batch(dataset.train, config, 0, ranks, parts, device)[0], autocast)
     ddp = model
     if ranks.n > 1:
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
