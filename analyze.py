@@ -19,6 +19,19 @@ class AnalyzeConfig:
     checkpoint: str = flag("best", "best or last", choices=("best", "last"))
 
 
+def prune(alpha, mask, fraction):
+    """The mask without that fraction of its entries, those whose alphas are the smallest.
+
+    A row that loses all of them is no DWA any more, and gets its diagonal back.
+    """
+    size = alpha.abs().masked_fill(~mask, -1).flatten()
+    kept = torch.zeros_like(size, dtype=torch.bool)
+    kept[size.argsort(descending=True)[: round((1 - fraction) * mask.sum().item())]] = True
+    kept = kept.view_as(mask)
+    diagonal = torch.eye(len(mask) + 1, dtype=torch.bool)[1:]
+    return kept | (diagonal & ~kept.any(dim=1, keepdim=True))
+
+
 def plot_alpha(alpha, mask, title, path):
     """alpha and mask, both (n_layer, n_layer + 1), as a heat map on a symmetric-log scale.
 

@@ -48,8 +48,9 @@ class DenseFormerConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = False  # in the linear layers and the norms
-    dwa: str = "1x1"  # dilation x period as in the paper, or "none": the plain Transformer
+    dwa: str = "1x1"  # which weights there are, see dwa_mask; "none" is the plain Transformer
     dwa_impl: str = "inplace"  # or "naive": the same, as the formula stands
+    skip_gains: bool = False  # a learned scale on each skip connection, the paper's other baseline
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -76,23 +77,49 @@ class DenseFormerConfig:
 def dwa_mask(pattern: str, n_layer: int) -> Tensor:
     """Which entries alpha has, as a bool matrix of (n_layer, n_layer + 1).
 
-    Row i-1 is the DWA after block i and column j is X_j. "kxp" is the paper's dilation k and
-    period p (section 3.2): after block i there is a DWA only where p divides i, and it sees
-    only X_j with j <= i and j = i (mod k). "none" has no DWA. The diagonal is always there;
-    a row that has nothing else is no DWA, for Y_i = X_i. Raises ValueError for other patterns.
+    Row i-1 is the DWA after block i and column j is X_j. The patterns are
+
+        kxp, as 4x5      dilation k and period p (section 3.2): after block i there is a DWA only
+                         where p divides i, and it sees only X_j with j = i (mod k)
+        lastK, as last4  the last K outputs and X_0
+        connect-to-last  one DWA, after the last block
+        i:j,j,j          a DWA after block i that sees these X_j and no others
+        none             no DWA
+
+    and, joined by +, all that any of them has: last2+12x1. A row that nothing is said of has the
+    diagonal, which is no DWA, for then Y_i = X_i. Raises ValueError for other patterns.
     """
     i = torch.arange(1, n_layer + 1).unsqueeze(1)  # (L, 1)
     j = torch.arange(n_layer + 1)  # (L + 1)
-    if pattern == "none":
-        return i == j
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", pattern)
-    if not match:
-        raise ValueError(
-            f"dwa must be 'none' or dilation x period, both at least 1, "
-            f"such as '1x1' or '4x5'; not {pattern!r}"
-        )
-    k, p = map(int, match.groups())
-    return (i == j) | ((i % p == 0) & (j <= i) & ((i - j) % k == 0))
+    causal = j <= i
+    mask = torch.zeros_like(causal)
+    for part in pattern.split("+"):
+        if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part):
+            k, p = map(int, match.groups())
+            mask |= causal & (i % p == 0) & ((i - j) % k == 0)
+        elif match := re.fullmatch(r"last([1-9]\d*)", part):
+            mask |= causal & ((i - j < int(match[1])) | (j == 0))
+        elif part == "connect-to-last":
+            mask |= causal & (i == n_layer)
+        elif match := re.fullmatch(r"(\d+):(\d+(?:,\d+)*)", part):
+            row = int(match[1])
+            for column in map(int, match[2].split(",")):
+                if not 1 <= row <= n_layer or column > row:
+                    raise ValueError(f"dwa {part!r}: no DWA of {n_layer} blocks has X_{column}")
+                mask[row - 1, column] = True
+        elif part != "none":
+            raise ValueError(
+                f"dwa must be none, dilation x period such as 1x1 or 4x5, last4, connect-to-last, "
+                f"single rows such as 24:0,12,24, or several of these joined by +; not {part!r}"
+            )
+    return mask | ((i == j) & ~mask.any(dim=1, keepdim=True))
+
+
+def dwa_pattern(mask: Tensor) -> str:
+    """The pattern that dwa_mask makes this mask of, DWA by DWA: 5:1,5+10:2,6,10."""
+    rows = {i: row.nonzero().flatten().tolist() for i, row in enumerate(mask, start=1)}
+    dwas = (f"{i}:{','.join(map(str, row))}" for i, row in rows.items() if row != [i])
+    return "+".join(dwas) or "none"
 
 
 class DWA(nn.Module):
@@ -137,7 +164,6 @@ class DWA(nn.Module):
             self.alpha[i] *= self.mask[i]
             if not sources:
                 self.alpha[i, i + 1] = 1
-        self.alpha.requires_grad_(self.num_params() > 0)
 
     def _read_mask(self):
         # The mask in a form that needs no look at the device: for each row its columns j, and
@@ -146,8 +172,11 @@ class DWA(nn.Module):
         rows = [row.nonzero().flatten().tolist() for row in mask]
         self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
         self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
-        kx1 = self.pattern.endswith("x1") and torch.equal(mask, dwa_mask(self.pattern, len(rows)))
+        kx1 = re.fullmatch(r"\d+x1", self.pattern) and torch.equal(
+            mask, dwa_mask(self.pattern, len(rows))
+        )
         self.dense = kx1 and bool(self.needed)
+        self.alpha.requires_grad_(bool(self.needed))
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -156,6 +185,12 @@ class DWA(nn.Module):
     def num_params(self) -> int:
         """The number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
         return sum(map(len, self.sources))
+
+    def sparsity(self) -> float:
+        """The share of the weights of earlier X that the mask lacks: 0 for 1x1, 1 for none."""
+        L = len(self.sources)
+        earlier = self.mask.tril(0).sum().item()  # the diagonal, of X_i itself, does not count
+        return 1 - earlier / (L * (L + 1) // 2)
 
     def start(self, x: Tensor) -> "tuple[Tensor, dict[int, Tensor] | InPlacePass]":
         """Begin a pass with X_0, of (B, T, C); returns Y_0 and the memory of this pass."""
@@ -441,6 +476,18 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class GainBlock(Block):
+    """A block whose two skip connections have a learned scale: "skips with gains"."""
+
+    def __init__(self, config: DenseFormerConfig):
+        super().__init__(config)
+        self.gains = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor, rotary: Tensor, kv: Tensor | None = None, past: int = 0) -> Tensor:
+        x = self.gains[0] * x + self.attn(self.ln_1(x), rotary, kv, past)
+        return self.gains[1] * x + self.mlp(self.ln_2(x))
+
+
 class Loss(nn.Module):
     """Mean cross-entropy in nats, in float32; a target of -1 does not count.
 
@@ -461,7 +508,8 @@ class DenseFormer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        block = GainBlock if config.skip_gains else Block
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
         self.dwa = DWA(config)
         self.loss = Loss()
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)

@@ -4,6 +4,7 @@ python train.py                            Tiny Shakespeare; a model that suits 
 python train.py --dataset my.txt           your own text
 python train.py --dwa 4x5 --out_dir out45  another sparsity pattern, kept elsewhere
 python train.py --dwa none                 the plain Transformer, to compare with
+python train.py --init_from out/best.pt --dwa 4x5 --out_dir out2   its weights, to train on
 python train.py --resume                   go on where a run was stopped
 torchrun --nproc_per_node 8 train.py       the same run on 8 GPUs
 """
@@ -37,7 +38,7 @@ from common import (
     peak_flops,
     save_checkpoint,
 )
-from denseformer import DenseFormer, DenseFormerConfig
+from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_mask
 
 # -----------------------------------------------------------------------------
 # Settings. The defaults are for a CPU; a preset changes some, and any flag overrides both.
@@ -62,6 +63,10 @@ class TrainConfig:
         choices=("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small"),
     )  # fmt: skip
     resume: bool = flag(False, "go on from out_dir's last checkpoint")
+    init_from: str | None = flag(
+        None, "checkpoint whose weights to start with; the shape of the model is then its own, "
+        "and the DWAs too unless --dwa says otherwise", type=str,
+    )  # fmt: skip
     overwrite: bool = flag(False, "begin anew although out_dir holds a run")
     # model
     n_layer: int = flag(3, "blocks", low=1)
@@ -70,8 +75,14 @@ class TrainConfig:
     block_size: int = flag(128, "tokens of context", low=1)
     dropout: float = flag(0.0, "dropout probability", low=0.0)
     bias: bool = flag(False, "biases in linear layers and norms")
-    dwa: str = flag("1x1", "depth-weighted averages: dilation x period as in 4x5, or none")
+    dwa: str = flag(
+        "1x1", "depth-weighted averages: dilation x period as in 4x5; last4, the last 4 outputs "
+        "and the embedding; connect-to-last; rows as in 8:0,4,8; joined by + as in last2+12x1; "
+        "or none"
+    )  # fmt: skip
     dwa_impl: str = flag("inplace", "or naive, the formula itself", choices=("inplace", "naive"))
+    dwa_start_iter: int = flag(0, "step up to which there are no DWAs yet", low=0)
+    skip_gains: bool = flag(False, "a learned scale on each skip connection")
     # optimization
     max_iters: int = flag(1000, "steps of the optimizer", low=1)
     batch_size: int = flag(12, "sequences of a step, on all GPUs together", low=1)
@@ -140,7 +151,11 @@ PRESETS = {
 
 # What a resumed run cannot change: it would not be the same model, data or order of batches.
 FIXED = ["n_layer", "n_head", "n_embd", "block_size", "bias", "dwa", "dataset", "preset", "seed"]
-FIXED += ["optimizer", "batch_size", "shards", "tokenizer"]
+FIXED += ["optimizer", "batch_size", "shards", "tokenizer", "skip_gains", "dwa_start_iter"]
+FIXED += ["init_from"]
+
+# What a model started from the weights of another has from it.
+SHAPE = ["n_layer", "n_head", "n_embd", "bias", "skip_gains"]
 
 
 class Stop(Exception):
@@ -186,6 +201,12 @@ class Ranks:
             raise Stop(f"torchrun: more processes than the {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(self.local)
         return torch.device("cuda", self.local)
+
+    def parallel(self, model):
+        """The model, with gradients that are averaged over the ranks."""
+        if self.n == 1:
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def any(self, flag):
         """Whether `flag` is true in any rank."""
@@ -327,7 +348,7 @@ def read_settings(argv):
             if given.get("overwrite"):
                 parser.error("--resume and --overwrite contradict each other")
             checkpoint = load_checkpoint(last)
-            base = checkpoint["train_config"] | {"out_dir": str(out_dir)}
+            base = asdict(TrainConfig()) | checkpoint["train_config"] | {"out_dir": str(out_dir)}
             for name in FIXED:
                 if given.get(name, base[name]) != base[name]:
                     parser.error(
@@ -347,6 +368,13 @@ def read_settings(argv):
                 preset = "cpu" if device.type == "cpu" else "gpu"
             base = PRESETS[preset] | {"preset": preset}
             given.pop("preset", None)
+            if given.get("init_from"):
+                other = load_checkpoint(Path(given["init_from"]))["model_config"]
+                base |= {name: other[name] for name in (*SHAPE, "block_size", "dwa")}
+                for name in SHAPE:
+                    if given.get(name, other[name]) != other[name]:
+                        parser.error(f"--{name} {given[name]}: {given['init_from']} has "
+                                     f"{other[name]}")  # fmt: skip
         config = TrainConfig(**(base | given))
         DenseFormerConfig(**model_flags(config), vocab_size=1)  # to find fault before the download
         n = int(os.environ.get("WORLD_SIZE", 1))
@@ -395,10 +423,11 @@ def plan(model, dataset, config, ranks, parts, dtype, device):
     share = config.batch_size // ranks.n
     split = f" in {parts} parts" if parts > 1 else ""
     gpus = f"{ranks.n} processes, the first on {device}" if ranks.n > 1 else str(device)
+    sparsity = f" (a sparsity of {model.dwa.sparsity():.1%})" if model.dwa.num_params() else ""
     return (
         f"{'Transformer' if config.dwa == 'none' else 'DenseFormer ' + config.dwa}: "
         f"{config.n_layer} blocks of {config.n_embd} channels, {model.num_params():,} parameters, "
-        f"{model.dwa.num_params():,} of them alphas\n"
+        f"{model.dwa.num_params():,} of them alphas{sparsity}\n"
         f"{dataset.name}: {len(dataset.train):,} tokens to train on, {len(dataset.val):,} to "
         f"validate with, {dataset.tokenizer.vocab_size:,} different\n"
         f"on {gpus} in {str(dtype)[6:]}: {config.max_iters:,} steps of {config.batch_size} x "
@@ -416,12 +445,27 @@ def open_log(path, step):
     for line in lines:
         with contextlib.suppress(ValueError):  # a line that a crash cut short
             entry = json.loads(line)
-            if entry["step"] < step or (entry["step"] == step and "val_loss" not in entry):
+            if entry["step"] < step or (entry["step"] == step and "loss" in entry):
                 kept.append(line + "\n")
     part = path.with_name(f".{path.name}.part")
     part.write_text("".join(kept))
     os.replace(part, path)
     return path.open("a", buffering=1)
+
+
+def start_from(model, config, dataset):
+    """Give the model the weights of the checkpoint config.init_from, and of its alphas those that
+    config.dwa has too. The others begin at 0, or at the identity where a row has none."""
+    other = load_checkpoint(Path(config.init_from))
+    if other["tokenizer"] != dataset.tokenizer.state():
+        raise Stop(f"{config.init_from} has another tokenizer than {dataset.name} gets here")
+    mask = model.dwa.mask.clone()
+    model.load_state_dict(other["model"])
+    model.dwa.set_mask(mask)
+    if config.dwa_start_iter and not torch.equal(model.dwa.alpha.cpu(), DWA(model.config).alpha):
+        raise Stop(
+            f"--dwa_start_iter starts the alphas at the identity, and {config.init_from} has others"
+        )
 
 
 def main(argv=None):
@@ -453,10 +497,8 @@ def main(argv=None):
     print(plan(model, dataset, config, ranks, parts, dtype, device), flush=True)
     if config.compile or (config.compile is None and device.type == "cuda"):
         compile_model(model, get_batch(dataset.train, config, 0, ranks, parts, device)[0], autocast)
-    ddp = model
-    if ranks.n > 1:
-        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-
+    if config.init_from and not checkpoint:
+        start_from(model, config, dataset)
     step, best = 0, math.inf
     if checkpoint:
         if checkpoint["fingerprint"] != dataset.fingerprint():
@@ -467,6 +509,9 @@ def main(argv=None):
         scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], checkpoint["best"]
         print(f"going on from step {step:,}", flush=True)
+    if step < config.dwa_start_iter:
+        model.dwa.set_mask(dwa_mask("none", config.n_layer))
+    ddp = ranks.parallel(model)
 
     def save(name):
         if not all(p.isfinite().all() for p in model.parameters()):
@@ -510,9 +555,15 @@ def main(argv=None):
     begin, first_step = time.time(), step
     train_time, steps_seen, loss_value = 0.0, 0, math.nan
     peak = peak_flops(device)
+    snapshots = {config.max_iters * part // 16 for part in (1, 2, 4, 8, 16)}
     batches = get_batch(dataset.train, config, step, ranks, parts, device)
     model.train()
     while True:
+        if step == config.dwa_start_iter > 0:
+            model.dwa.set_mask(dwa_mask(config.dwa, config.n_layer))
+            ddp = ranks.parallel(model)
+        if step in snapshots and model.dwa.num_params():
+            write(step=step, alpha=[[round(a, 5) for a in row] for row in model.dwa.alpha.tolist()])
         if step % config.eval_interval == 0 or step == config.max_iters:
             val_loss = evaluate(model, dataset.val, config, ranks, B, device, autocast, stop)
             if val_loss is not None:

@@ -1,0 +1,278 @@
+"""Does depth-weighted averaging help? The paper's comparison, in small, on your machine.
+
+python results/run.py                                Tiny Shakespeare, 24 blocks of 64 channels
+python results/run.py --name books --dataset FOLDER --variants "plain,1x1,4x5,plain deeper"
+python results/run.py --train "--n_layer=48 --n_embd=768 --n_head=12 ..." --jobs 1    on a GPU
+
+Trains every variant with train.py on several seeds, after a sweep of the learning rate for the
+plain Transformer and for 1x1 (variants without DWA get the rate that is best for the first, the
+others that of the second). The losses are of the whole validation split at the end of the run.
+What was done is kept in results/NAME.json, so that the script can be stopped and goes on; the
+result is results/NAME.md and results/NAME.png.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from analyze import prune  # noqa: E402
+from bench import machine, measure, ratio  # noqa: E402
+from common import Parser, find_device, flag, load_checkpoint  # noqa: E402
+from denseformer import DenseFormer, DenseFormerConfig, dwa_mask, dwa_pattern  # noqa: E402
+
+
+@dataclass
+class RunConfig:
+    name: str = flag("shakespeare", "of the files in results/")
+    dataset: str = flag("shakespeare", "as for train.py")
+    variants: str = flag("all", "names from the table, with commas between")
+    seeds: str = flag("1,2,3", "with commas between")
+    sweep: str = flag("1e-3,2e-3,4e-3,8e-3", "learning rates to try, on the first seed")
+    jobs: int = flag(os.cpu_count() or 1, "trainings at a time; they share the cores", low=1)
+    out_dir: str = flag("out-results", "folder for the runs")
+    train: str = flag("", "further flags for train.py, in one pair of quotes")
+
+
+# The flags of every run, and what each variant changes. L is the depth.
+COMMON = {
+    "n_layer": 24, "n_head": 2, "n_embd": 64, "block_size": 128, "batch_size": 8,
+    "max_iters": 600, "optimizer": "adamw", "weight_decay": 0.1, "dtype": "float32",
+    "compile": True,
+}  # fmt: skip
+VARIANTS = {
+    "plain": {"dwa": "none"},
+    "skips with gains": {"dwa": "none", "skip_gains": True},
+    "1x1": {"dwa": "1x1"},
+    "4x1": {"dwa": "4x1"},
+    "4x5": {"dwa": "4x5"},
+    "last4": {"dwa": "last4"},
+    "connect-to-last": {"dwa": "connect-to-last"},
+    "last2+12x1": {"dwa": "last2+12x1"},
+    "pruned as 4x1": {"dwa": "pruned as 4x1"},
+    "pruned as 4x5": {"dwa": "pruned as 4x5"},
+    "plain deeper": {"dwa": "none", "deeper": 1.5},
+}
+
+
+class Runs:
+    """Trainings, each done once: {their flags: validation loss} in results/NAME.json."""
+
+    def __init__(self, config):
+        self.config = config
+        self.common = COMMON | {"dataset": config.dataset}
+        for word in config.train.split():
+            name, _, value = word.lstrip("-").partition("=")
+            self.common[name] = type(COMMON.get(name, ""))(value)
+        self.file = HERE / f"{config.name}.json"
+        self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.lock = threading.Lock()
+
+    def flags(self, variant, seed, rate, **changes):
+        flags = self.common | variant | changes
+        flags |= {"n_layer": int(flags["n_layer"] * flags.pop("deeper", 1))}
+        flags |= {"seed": seed, "learning_rate": rate, "min_lr": rate / 10}
+        flags |= {"warmup_iters": flags["max_iters"] // 20, "eval_interval": flags["max_iters"]}
+        return flags | {"eval_iters": 10**6}
+
+    def folder(self, flags):
+        """Where the run with these flags is."""
+        name = "-".join(f"{flags[k]}" for k in ("dwa", "n_layer", "seed", "learning_rate"))
+        name += f"-{flags['max_iters']}" + ("-gains" if flags.get("skip_gains") else "")
+        return Path(self.config.out_dir).absolute() / self.config.name / slug(name)
+
+    def train(self, todo):
+        """The validation losses of runs, `jobs` at a time."""
+        threads = str(max(1, os.cpu_count() // self.config.jobs))
+
+        def run(flags):
+            words = [f"--{name}={value}" for name, value in flags.items()]
+            key = " ".join(words)
+            if key not in self.done:
+                folder = self.folder(flags)
+                command = [sys.executable, "train.py", *words, "--overwrite", f"--out_dir={folder}"]
+                environment = os.environ | {"OMP_NUM_THREADS": threads}
+                done = subprocess.run(
+                    command, cwd=HERE.parent, env=environment, capture_output=True, text=True
+                )
+                if done.returncode:
+                    raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+                last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+                with self.lock:
+                    self.done[key] = last["val_loss"]
+                    self.file.write_text(json.dumps(self.done, indent=1) + "\n")
+            bar.update()
+            return self.done[key]
+
+        bar = tqdm(total=len(todo), unit="run")
+        with bar, ThreadPoolExecutor(self.config.jobs) as pool:
+            return list(pool.map(run, todo))
+
+
+def slug(text):
+    """Text as part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", text)[:80]
+
+
+def sweep(runs, rates, seed):
+    """The best learning rate for plain and 1x1, and all losses: {variant: {rate: loss}}."""
+    names = ("plain", "1x1")
+    todo = [runs.flags(VARIANTS[name], seed, rate) for name in names for rate in rates]
+    losses = iter(runs.train(todo))
+    return {name: {rate: next(losses) for rate in rates} for name in names}
+
+
+def prune_like(runs, pattern, rate, seed):
+    """The pattern of the largest alphas of a short 1x1 run, as sparse as `pattern`."""
+    flags = runs.flags(VARIANTS["1x1"], seed, rate, max_iters=runs.common["max_iters"] // 4)
+    runs.train([flags])
+    model = load_checkpoint(runs.folder(flags) / "last.pt")["model"]
+    alpha, mask = model["dwa.alpha"], model["dwa.mask"]
+    L = len(alpha)
+    earlier = dwa_mask(pattern, L).tril(0).sum().item()  # and all of the diagonal
+    return dwa_pattern(prune(alpha, mask, 1 - (L + earlier) / mask.sum().item()))
+
+
+def make_model(flags):
+    names = DenseFormerConfig.__dataclass_fields__.keys() & flags.keys()
+    return DenseFormer(DenseFormerConfig(vocab_size=256, **{k: flags[k] for k in names}))
+
+
+def step_times(models, flags, rounds=15):
+    """Training steps of all models by turns: {name: [seconds of each round]}."""
+    device = find_device("auto")
+    shape = (flags["batch_size"], flags["block_size"])
+    idx, targets = torch.randint(256, (2, *shape), device=device)
+
+    def task(model):
+        optimizers = model.to(device).configure_optimizers(1e-9, optimizer=flags["optimizer"])
+
+        def step():
+            model(idx, targets)[1].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return step
+
+    tasks = {name: task(model) for name, model in models.items()}
+    with tqdm(total=rounds * len(tasks), desc="step times") as bar:
+        return measure(tasks, rounds, device, bar)
+
+
+def mean_and_error(losses):
+    """Mean and its standard error."""
+    error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else float("nan")
+    return statistics.mean(losses), error
+
+
+def plot(rows, path):
+    """Loss against sparsity of alpha, with the plain models as lines."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    names = list(rows)[::-1]
+    for y, name in enumerate(names):
+        mean, error = mean_and_error(rows[name]["losses"])
+        color = "C0" if rows[name]["alphas"] else "0.35"
+        axes.errorbar(mean, y, xerr=error, fmt="o", color=color, capsize=4, markersize=6)
+        axes.plot(
+            rows[name]["losses"], [y] * len(rows[name]["losses"]), "|", color=color, alpha=0.6
+        )
+    axes.axvline(mean_and_error(rows["plain"]["losses"])[0], color="0.35", linewidth=0.8, ls=":")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("validation loss (nats per token); mean, standard error, and each seed")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = Parser(RunConfig, __doc__)
+    config = RunConfig(**parser.given(argv))
+    names = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
+    if unknown := set(names) - set(VARIANTS):
+        parser.error(f"--variants: {', '.join(unknown)} is none of {', '.join(VARIANTS)}")
+    seeds = [int(seed) for seed in config.seeds.split(",")]
+    runs = Runs(config)
+
+    losses = sweep(runs, [float(rate) for rate in config.sweep.split(",")], seeds[0])
+    best = {name: min(by_rate, key=by_rate.get) for name, by_rate in losses.items()}
+    variants = {}
+    for name in names:
+        variants[name] = dict(VARIANTS[name])
+        if name.startswith("pruned as "):
+            pattern = name.removeprefix("pruned as ")
+            variants[name]["dwa"] = prune_like(runs, pattern, best["1x1"], seeds[0] + 1000)
+    todo = {
+        name: [
+            runs.flags(variant, seed, best["plain" if variant["dwa"] == "none" else "1x1"])
+            for seed in seeds
+        ]
+        for name, variant in variants.items()
+    }
+    # By seeds, so that what there is when it is stopped is something of everything.
+    runs.train([flags for of_seed in zip(*todo.values(), strict=True) for flags in of_seed])
+
+    models = {name: make_model(flags[0]) for name, flags in todo.items()}
+    times = step_times(models, runs.common)
+    rows = {}
+    for name, flags in todo.items():
+        rows[name] = {
+            "blocks": flags[0]["n_layer"], "parameters": models[name].num_params(),
+            "alphas": models[name].dwa.num_params(), "sparsity": models[name].dwa.sparsity(),
+            "losses": runs.train(flags), "time": ratio(times, name),
+        }  # fmt: skip
+    report(rows, losses, runs, config, variants)
+
+
+def report(rows, losses, runs, config, variants):
+    """results/NAME.md and results/NAME.png."""
+    text = [
+        f"Made by `{' '.join(['python results/run.py', *map(quoted, sys.argv[1:])])}`",
+        f"on {machine(find_device('auto'))}.\n",
+        "| model | blocks | parameters | alphas | sparsity | validation loss | step, x plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        mean, error = mean_and_error(row["losses"])
+        alphas = f"{row['alphas']:,} | {row['sparsity']:.1%}" if row["alphas"] else "|"
+        text.append(
+            f"| {name} | {row['blocks']} | {row['parameters']:,} | {alphas} | "
+            f"{mean:.4f} ± {error:.4f} | {row['time']:.3f} |"
+        )
+    text.append("\nLearning rates, on the first seed:\n")
+    text.append("| | " + " | ".join(f"{rate:g}" for rate in losses["plain"]) + " |")
+    text.append("|---" * (len(losses["plain"]) + 1) + "|")
+    for name, by_rate in losses.items():
+        text.append(f"| {name} | " + " | ".join(f"{loss:.4f}" for loss in by_rate.values()) + " |")
+    for name, variant in variants.items():
+        if name.startswith("pruned"):
+            text.append(f"\n{name}: `--dwa {variant['dwa']}`")
+    text.append(f"\nFlags of all runs: `{' '.join(f'--{k}={v}' for k, v in runs.common.items())}`")
+    (HERE / f"{config.name}.md").write_text("\n".join(text) + "\n")
+    plot(rows, HERE / f"{config.name}.png")
+    print("\n".join(text))
+
+
+def quoted(word):
+    return f'"{word}"' if " " in word else word
+
+
+if __name__ == "__main__":
+    main()
