@@ -2,11 +2,11 @@
 
 python results/run.py                                Tiny Shakespeare, 24 blocks of 64 channels
 python results/run.py --name books --dataset FOLDER --variants "plain,1x1,4x5,plain deeper"
-python results/run.py --train "--n_layer=48 --n_embd=768 --n_head=12 ..." --jobs 1    on a GPU
+python results/run.py --train="--n_layer=48 --n_embd=768 --n_head=12 ..." --jobs 1    on a GPU
 
 Trains every variant with train.py on several seeds, after a sweep of the learning rate for the
-plain Transformer and for 1x1 (variants without DWA get the rate that is best for the first, the
-others that of the second). The losses are of the whole validation split at the end of the run.
+plain Transformer, for the deeper one and for 1x1 (variants of the same depth without DWA get the
+rate that is best for the first, those with DWA that of the last). The losses are of the whole validation split at the end of the run.
 What was done is kept in results/NAME.json, so that the script can be stopped and goes on; the
 result is results/NAME.md and results/NAME.png.
 """
@@ -40,7 +40,7 @@ class RunConfig:
     dataset: str = flag("shakespeare", "as for train.py")
     variants: str = flag("all", "names from the table, with commas between")
     seeds: str = flag("1,2,3", "with commas between")
-    sweep: str = flag("1e-3,2e-3,4e-3,8e-3", "learning rates to try, on the first seed")
+    sweep: str = flag("2e-3,4e-3,8e-3,1.6e-2", "learning rates to try, on the first seed")
     jobs: int = flag(os.cpu_count() or 1, "trainings at a time; they share the cores", low=1)
     out_dir: str = flag("out-results", "folder for the runs")
     train: str = flag("", "further flags for train.py, in one pair of quotes")
@@ -126,9 +126,8 @@ def slug(text):
     return re.sub(r"[^\w.-]+", "-", text)[:80]
 
 
-def sweep(runs, rates, seed):
-    """The best learning rate for plain and 1x1, and all losses: {variant: {rate: loss}}."""
-    names = ("plain", "1x1")
+def sweep(runs, names, rates, seed):
+    """The losses of each of these variants at each rate: {variant: {rate: loss}}."""
     todo = [runs.flags(VARIANTS[name], seed, rate) for name in names for rate in rates]
     losses = iter(runs.train(todo))
     return {name: {rate: next(losses) for rate in rates} for name in names}
@@ -211,7 +210,8 @@ def main(argv=None):
     seeds = [int(seed) for seed in config.seeds.split(",")]
     runs = Runs(config)
 
-    losses = sweep(runs, [float(rate) for rate in config.sweep.split(",")], seeds[0])
+    swept = [name for name in ("plain", "1x1", "plain deeper") if name in {"plain", "1x1", *names}]
+    losses = sweep(runs, swept, [float(rate) for rate in config.sweep.split(",")], seeds[0])
     best = {name: min(by_rate, key=by_rate.get) for name, by_rate in losses.items()}
     variants = {}
     for name in names:
@@ -221,7 +221,9 @@ def main(argv=None):
             variants[name]["dwa"] = prune_like(runs, pattern, best["1x1"], seeds[0] + 1000)
     todo = {
         name: [
-            runs.flags(variant, seed, best["plain" if variant["dwa"] == "none" else "1x1"])
+            runs.flags(
+                variant, seed, best.get(name, best["1x1" if variant["dwa"] != "none" else "plain"])
+            )
             for seed in seeds
         ]
         for name, variant in variants.items()
