@@ -29,6 +29,7 @@ import requests
 import torch
 from torch.nn import functional as F
 
+import analyze
 import bench
 import common
 import data
@@ -36,7 +37,14 @@ import sample
 import train
 from data import download, shards, textfile
 from data.tokenizer import ByteTokenizer, CharTokenizer, from_state
-from denseformer import DWA, DenseFormer, DenseFormerConfig, InPlaceMemory, dwa_mask
+from denseformer import (
+    DWA,
+    DenseFormer,
+    DenseFormerConfig,
+    InPlaceMemory,
+    dwa_mask,
+    dwa_pattern,
+)
 from denseformer import sample as draw
 
 HERE = Path(__file__).parent
@@ -182,6 +190,63 @@ def test_any_mask_can_be_set():
     other = DWA(DenseFormerConfig(n_layer=3))
     other.load_state_dict(dwa.state_dict())
     assert other.sources == dwa.sources
+
+
+def test_masks_that_have_names():
+    L = 9
+
+    def mask(see):
+        rows = [[j <= i and see(i, j) for j in range(L + 1)] for i in range(1, L + 1)]
+        return torch.tensor(
+            [r if any(r) else torch.eye(L + 1)[i] > 0 for i, r in enumerate(rows, 1)]
+        )
+
+    def last(K):
+        return lambda i, j: j == 0 or j > i - K
+
+    assert dwa_mask("last4", L).equal(mask(last(4)))
+    assert dwa_mask("connect-to-last", L).equal(mask(lambda i, j: i == L))
+    both = mask(lambda i, j: last(2)(i, j) or (i - j) % 4 == 0)
+    assert dwa_mask("last2+4x1", L).equal(both)
+    rows = {4: [0, 3], 9: [0, 5, 9]}
+    assert dwa_mask("4:0,3+9:0,5,9", L).equal(mask(lambda i, j: j in rows.get(i, [])))
+    for pattern in (*PATTERNS, "last4", "connect-to-last", "last2+4x1", "4:0,3+9:0,5,9"):
+        again = dwa_pattern(dwa_mask(pattern, L))
+        assert dwa_mask(again, L).equal(dwa_mask(pattern, L)), pattern
+    for wrong in ("last0", "last", "10:0", "4:5", "0:0", "4:", "1x1+", "+", "4:0,", "last4x5"):
+        with pytest.raises(ValueError, match="dwa"):
+            dwa_mask(wrong, L)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "percent"),
+    # Table 4 of the paper, and by definition. It gives 92% for 12x1, which is 1 - 1/(12 * 1);
+    # counted, as the others are, it is 94%.
+    [("last4", 84), ("connect-to-last", 96), ("4x5", 95), ("12x1", 94), ("1x1", 0), ("none", 100)],
+)
+def test_sparsity_is_the_papers(pattern, percent):
+    dwa = DWA(DenseFormerConfig(n_layer=48, dwa=pattern))
+    assert f"{dwa.sparsity():.0%}" == f"{percent}%"
+
+
+def test_skips_with_gains():
+    torch.manual_seed(0)
+    plain, gains = tiny("none"), tiny("none", skip_gains=True)
+    assert gains.num_params() == plain.num_params() + 2 * 5
+    gains.load_state_dict(plain.state_dict(), strict=False)
+    idx = torch.randint(17, (2, 8))
+    assert torch.equal(plain(idx)[0], gains(idx)[0])  # the gains start at 1
+    block = gains.blocks[2]
+    with torch.no_grad():
+        block.gains.copy_(torch.tensor([0.5, -2.0]))
+    x, rotary = torch.randn(2, 8, 8).double(), gains.rotary
+    attended = 0.5 * x + block.attn(block.ln_1(x), rotary)
+    torch.testing.assert_close(block(x, rotary), -2 * attended + block.mlp(block.ln_2(attended)))
+    gains(idx, idx)[1].backward()
+    assert all(b.gains.grad.abs().min() > 0 for b in gains.blocks)
+    (adamw,) = gains.configure_optimizers(1e-3)
+    decayed = {id(p) for g in adamw.param_groups if g["weight_decay"] for p in g["params"]}
+    assert id(block.gains) not in decayed
 
 
 def test_number_of_parameters():
@@ -1488,7 +1553,7 @@ def weights(out_dir):
 
 def losses(out_dir):
     lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
-    return [(e["step"], e.get("loss"), e.get("val_loss")) for e in lines]
+    return [(e["step"], e.get("loss"), e.get("val_loss")) for e in lines if "alpha" not in e]
 
 
 def test_train_then_sample(text, tmp_path):
@@ -1607,6 +1672,132 @@ def test_presets_are_settings():
     paper = train.TrainConfig(**train.PRESETS["paper-48"])
     assert paper.n_embd // paper.n_head == 64
     assert paper.warmup_iters == 0.05 * paper.max_iters
+
+
+def test_init_from_keeps_what_was_learned(text, tmp_path, capsys):
+    plain, dense = tmp_path / "plain", tmp_path / "dense"
+    same = SMALL | {"dataset": text, "max_iters": 10, "n_embd": 24}
+    assert train.main(flags(**same, out_dir=plain, dwa="none")) == 0
+    begin = {"init_from": plain / "last.pt", "dataset": text, "batch_size": 4, "device": "cpu"}
+    begin |= {"max_iters": 10, "optimizer": "adamw", "learning_rate": 1e-2}
+    # The shape is the checkpoint's, and a DenseFormer begins as the plain model it is made of.
+    assert train.main(flags(**begin, out_dir=dense, dwa="1x1")) == 0
+    assert losses(dense)[0][2] == losses(plain)[-1][2]
+    alpha = weights(dense)["dwa.alpha"]
+    assert (alpha != 0).equal(dwa_mask("1x1", 3))
+    # Another pattern keeps the alphas that it has.
+    sparse = tmp_path / "sparse"
+    begin["init_from"] = dense / "last.pt"
+    assert train.main(flags(**begin | {"max_iters": 1, "learning_rate": 0.0}, min_lr=0,
+                            out_dir=sparse, dwa="3x1")) == 0  # fmt: skip
+    assert weights(sparse)["dwa.alpha"].equal(torch.tensor(
+        [[0, 1, 0, 0], [0, 0, 1, 0], [alpha[2, 0], 0, 0, alpha[2, 3]]]
+    ))  # fmt: skip
+    with pytest.raises(SystemExit):
+        train.main(flags(**begin, out_dir=tmp_path / "other", n_layer=4))
+    assert "--n_layer 4" in capsys.readouterr().err
+    with pytest.raises(train.Stop, match="dwa_start_iter"):
+        train.main(flags(**begin, out_dir=tmp_path / "other", dwa_start_iter=3))
+    with pytest.raises(train.Stop, match="tokenizer"):
+        train.main(flags(**begin, out_dir=tmp_path / "other", tokenizer="byte"))
+
+
+def test_dwa_start_iter(text, tmp_path):
+    same = SMALL | {"dataset": text, "optimizer": "adamw", "dtype": "float32"}
+    plain, late, cut = (tmp_path / name for name in ("plain", "late", "cut"))
+    assert train.main(flags(**same, out_dir=plain, dwa="none")) == 0
+    assert train.main(flags(**same, out_dir=late, dwa_start_iter=20)) == 0
+    assert losses(late)[:7] == losses(plain)[:7]  # up to the validation at step 20
+    assert losses(late)[-1] != losses(plain)[-1]
+    log = [json.loads(line) for line in (late / "log.jsonl").read_text().splitlines()]
+    steps = [e["step"] for e in log if "alpha" in e]
+    assert steps == [20, 40]
+    assert torch.tensor(log[-2]["alpha"]).allclose(weights(late)["dwa.alpha"], atol=1e-5)
+    # stopped before the start of the alphas and resumed, it is the same
+    assert train.main(flags(**same, out_dir=cut, dwa_start_iter=20)) == 0
+    shutil.copytree(late, cut, dirs_exist_ok=True)
+    run = subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), "--overwrite",
+         *flags(**same, out_dir=cut, dwa_start_iter=20)], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in run.stdout:
+        if line.startswith("step     10  val"):
+            run.send_signal(signal.SIGTERM)
+            break
+    run.stdout.read()
+    assert run.wait() == 128 + signal.SIGTERM
+    assert common.load_checkpoint(cut / "last.pt")["step"] < 20
+    assert train.main(["--resume", f"--out_dir={cut}", "--device=cpu", "--dtype=float32"]) == 0
+    assert weights(cut)["dwa.alpha"].equal(weights(late)["dwa.alpha"])
+    assert losses(cut) == losses(late)
+
+
+def test_prune_keeps_the_largest():
+    alpha = torch.tensor([[0.5, 1.0, 0.0], [0.1, -0.3, 0.2]])
+    mask = dwa_mask("1x1", 2)
+    assert analyze.prune(alpha, mask, 0).equal(mask)
+    assert analyze.prune(alpha, mask, 0.4).equal(
+        torch.tensor([[True, True, False], [False, True, False]])
+    )
+    # a row that loses everything is no DWA
+    assert analyze.prune(alpha, mask, 0.6).equal(
+        torch.tensor([[True, True, False], [False, False, True]])
+    )
+
+
+def test_analyze(text, tmp_path, capsys, monkeypatch):
+    dense, plain = tmp_path / "dense", tmp_path / "plain"
+    same = SMALL | {"dataset": text, "dtype": "float32"}
+    assert train.main(flags(**same, out_dir=dense)) == 0
+    assert train.main(flags(**same, out_dir=plain, dwa="none")) == 0
+    run = analyze.Run(dense / "last.pt", 10**6, torch.device("cpu"))
+    assert math.log(run.perplexity()) == pytest.approx(losses(dense)[-1][2], abs=1e-5)
+    # without 0% nothing changes, and without all but the identity it is another model
+    alpha = run.model.dwa.alpha.clone()
+    none, half = run.dropped([0, 0.5])
+    assert none == pytest.approx(run.perplexity())
+    assert half != none
+    assert run.model.dwa.alpha.equal(alpha)
+    # cosines, once more by hand, from the naive way
+    cosines = run.cosines()
+    assert cosines[0] == 1
+    ids = torch.tensor(run.val.astype(np.int64))
+    ids = ids[: (len(ids) - 1) // 16 * 16].view(-1, 16)
+    model = run.model
+    with torch.no_grad():
+        X = [model.wte(ids)]
+        Y = X[0]
+        for i, block in enumerate(model.blocks):
+            X.append(block(Y, model.rotary))
+            Y = sum(a * x for a, x in zip(model.dwa.alpha[i], X, strict=False))
+            cosine = ((X[0] * Y).sum(-1) / X[0].norm(dim=-1) / Y.norm(dim=-1)).mean()
+            assert cosines[i + 1] == pytest.approx(cosine.item(), abs=2e-2)
+    capsys.readouterr()
+
+    pytest.importorskip("matplotlib")
+    analyze.main(flags(out_dir=dense, plain=plain, prune=0.5, device="cpu"))
+    shown = capsys.readouterr().out
+    for name in ("alpha", "alpha-steps", "cosine", "dropped", "singular"):
+        assert (dense / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+    assert "Y_3" in shown
+    # the pruned model keeps its mask when it is trained on
+    out = tmp_path / "pruned"
+    begin = flags(init_from=dense / "pruned.pt", out_dir=out, dataset=text, max_iters=3)
+    assert train.main([*begin, "--device=cpu"]) == 0
+    kept = weights(out)
+    assert kept["dwa.mask"].sum() < dwa_mask("1x1", 3).sum()
+    assert (kept["dwa.alpha"] != 0).logical_and(~kept["dwa.mask"]).sum() == 0
+    for wrong in (["--prune=1"], [f"--plain={dense}"]):
+        with pytest.raises(SystemExit) as stop:
+            analyze.main([*flags(out_dir=dense, device="cpu"), *wrong])
+        assert stop.value.code == 2
+    # without matplotlib the tables remain, and a sentence
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    analyze.main(flags(out_dir=dense, device="cpu"))
+    shown = capsys.readouterr().out
+    assert "pip install matplotlib" in shown
+    assert "perplexity" in shown
 
 
 def test_an_existing_run_is_kept(text, tmp_path, monkeypatch, capsys):

@@ -6,9 +6,9 @@ python results/run.py --train="--n_layer=48 --n_embd=768 --n_head=12 ..." --jobs
 
 Trains every variant with train.py on several seeds, after a sweep of the learning rate for the
 plain Transformer, for the deeper one and for 1x1 (variants of the same depth without DWA get the
-rate that is best for the first, those with DWA that of the last). The losses are of the whole validation split at the end of the run.
-What was done is kept in results/NAME.json, so that the script can be stopped and goes on; the
-result is results/NAME.md and results/NAME.png.
+rate that is best for the first, those with DWA that of the last). The losses are of the whole
+validation split at the end of the run. What was done is kept in results/NAME.json, so that the
+script can be stopped and goes on; the result is results/NAME.md and results/NAME.png.
 """
 
 import json
