@@ -135,7 +135,7 @@ class DWA(nn.Module):
     where X is all that this pass remembers. The module itself remembers nothing of it.
 
     dwa_impl "naive" is the formula as it stands; "inplace" computes the same with a fraction of
-    the memory traffic. Masks of few entries have little to save and take the naive way.
+    the memory traffic, for every k x 1. Sparser masks have little to save and take the naive way.
     """
 
     def __init__(self, config: DenseFormerConfig):
@@ -172,11 +172,10 @@ class DWA(nn.Module):
         rows = [row.nonzero().flatten().tolist() for row in mask]
         self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
         self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
-        # The largest k such that every DWA has dilation k; X falls into k chains that never meet.
-        pairs = ((i, j) for i, row in enumerate(self.sources, start=1) for j in row)
-        self.k = math.gcd(*(i - j for i, j in pairs)) or 1
-        L, kx1 = len(rows), re.fullmatch(r"\d+x1", self.pattern)
-        self.dense = bool(self.needed) and (kx1 is not None or self.num_params() >= 2 * L)
+        kx1 = re.fullmatch(r"\d+x1", self.pattern) and torch.equal(
+            mask, dwa_mask(self.pattern, len(rows))
+        )
+        self.dense = kx1 and bool(self.needed)
         self.alpha.requires_grad_(bool(self.needed))
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -243,24 +242,23 @@ class DWA(nn.Module):
 #    activations instead of L^2/2, least for b near sqrt(L). Once a tile's dalpha is formed nobody
 #    reads its X again, and its G take their place in the buffer.
 #
-# Other masks have zeros in alpha, which cost as much as other numbers: the traffic is that of 1x1
-# at most. A DWA of dilation k is k dense ones, one for each residue r = j mod k. X is laid out residue by
+# A DWA of dilation k is k dense ones, one for each residue r = j mod k. X is laid out residue by
 # residue, and below m counts along one of these chains: its X[m] is X_{r + m k}.
 
 
 class InPlaceMemory:
-    """What one pass through a DenseFormer remembers: X on the way up, G on the way down."""
+    """What one pass through a k x 1 DenseFormer remembers: X on the way up, G on the way down."""
 
     def __init__(self, dwa: DWA, x: Tensor):
         L, N = len(dwa.sources), x.numel()
-        self.k = k = dwa.k
+        self.k = k = int(dwa.pattern.split("x")[0])
         chains = [len(range(r, L + 1, k)) for r in range(k)]
         few = N < 1 << 14  # numbers: then the count of operations matters, not the traffic
         self.b = dwa.tile or (chains[0] if few else math.ceil(1.4 * math.sqrt(chains[0])))
         # A sum of many terms is kept in float32 at least, whatever the activations are.
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         alpha = torch.eye(L + 1, device=x.device, dtype=self.dtype)  # row i makes Y_i
-        alpha[1:] = dwa.alpha.detach()
+        alpha[k:] = dwa.alpha.detach()[k - 1 :]  # above, the first of each chain: Y_i = X_i
         self.alphas = [alpha[r::k, r::k] for r in range(k)]
         self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
         # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
@@ -318,9 +316,10 @@ class InPlaceMemory:
         return dX.view_as(G).to(G.dtype)
 
     def alpha_gradient(self) -> Tensor:
-        """dLoss/dalpha, where there is an alpha: a row with its diagonal alone is no DWA."""
-        no_dwa = ~self.dwa.mask.tril(0).any(dim=1, keepdim=True) & self.dwa.mask
-        return self.dalpha[1:].masked_fill(~self.dwa.mask | no_dwa, 0)
+        """dLoss/dalpha, where there is an alpha; the first k - 1 rows are no DWA."""
+        dalpha = self.dalpha[1:].masked_fill(~self.dwa.mask, 0)
+        dalpha[: self.k - 1] = 0
+        return dalpha
 
 
 class InPlacePass:
