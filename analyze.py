@@ -224,7 +224,7 @@ def draw_alpha(axes, alpha, mask, limit):
     L = len(alpha)
     axes.set_facecolor("0.9")
     image = axes.imshow(
-        alpha.masked_fill(~mask, torch.nan),
+        alpha.masked_fill(~mask, torch.nan).numpy(),
         cmap="RdBu_r",
         norm=SymLogNorm(0.01, vmin=-limit, vmax=limit),
         extent=(-0.5, L + 0.5, L + 0.5, 0.5),  # row i-1 is DWA i
