@@ -41,6 +41,7 @@ class RunConfig:
     variants: str = flag("all", "names from the table, with commas between")
     seeds: str = flag("1,2,3", "with commas between")
     sweep: str = flag("2e-3,4e-3,8e-3,1.6e-2", "learning rates to try, on the first seed")
+    warmup: int = flag(20, "one part in this many of the steps is warm-up", low=1)
     jobs: int = flag(os.cpu_count() or 1, "trainings at a time; they share the cores", low=1)
     out_dir: str = flag("out-results", "folder for the runs")
     train: str = flag("", "further flags for train.py, in one pair of quotes")
@@ -84,7 +85,8 @@ class Runs:
         flags = self.common | variant | changes
         flags |= {"n_layer": int(flags["n_layer"] * flags.pop("deeper", 1))}
         flags |= {"seed": seed, "learning_rate": rate, "min_lr": rate / 10}
-        flags |= {"warmup_iters": flags["max_iters"] // 20, "eval_interval": flags["max_iters"]}
+        steps = flags["max_iters"]
+        flags |= {"warmup_iters": steps // self.config.warmup, "eval_interval": steps}
         return flags | {"eval_iters": 10**6}
 
     def folder(self, flags):
