@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from common import Parser, find_device, flag
-from denseformer import DWA, DenseFormer, DenseFormerConfig
+from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_pattern
 
 
 @dataclass
@@ -191,7 +191,7 @@ class Traffic(TorchDispatchMode):
 def activations_moved(dwa):
     """Activations that a DWA reads and writes, forward and backward, counted on a small one."""
     x = torch.randn(1, 64, 256, requires_grad=True)
-    cpu = type(dwa)(DenseFormerConfig(n_layer=len(dwa.sources), dwa=dwa.pattern))
+    cpu = type(dwa)(DenseFormerConfig(n_layer=len(dwa.sources), dwa=dwa_pattern(dwa.mask)))
     cpu.impl, cpu.tile = dwa.impl, dwa.tile
     with Traffic(x.numel()) as traffic:
         dwa_pass(cpu, x)

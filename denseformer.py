@@ -135,13 +135,13 @@ class DWA(nn.Module):
     where X is all that this pass remembers. The module itself remembers nothing of it.
 
     dwa_impl "naive" is the formula as it stands; "inplace" computes the same with a fraction of
-    the memory traffic, for every k x 1. Sparser masks have little to save and take the naive way.
+    the memory traffic. Masks of few entries have little to save and take the naive way.
     """
 
     def __init__(self, config: DenseFormerConfig):
         super().__init__()
         L = config.n_layer
-        self.impl, self.pattern = config.dwa_impl, config.dwa
+        self.impl = config.dwa_impl
         self.tile = None  # rows of an in-place tile, chosen by InPlacePass unless set
         self.alpha = nn.Parameter(torch.eye(L + 1)[1:].clone())  # alpha[i, i] = 1: Y_i = X_i
         self.register_buffer("mask", torch.eye(L + 1, dtype=torch.bool)[1:].clone())
@@ -168,14 +168,13 @@ class DWA(nn.Module):
     def _read_mask(self):
         # The mask in a form that needs no look at the device: for each row its columns j, and
         # none at all where the diagonal is alone, which is no DWA.
-        mask = self.mask.cpu()
-        rows = [row.nonzero().flatten().tolist() for row in mask]
+        rows = [row.nonzero().flatten().tolist() for row in self.mask.cpu()]
         self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
         self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
-        kx1 = re.fullmatch(r"\d+x1", self.pattern) and torch.equal(
-            mask, dwa_mask(self.pattern, len(rows))
-        )
-        self.dense = kx1 and bool(self.needed)
+        # X_j is of use to Y_i only where j = i (mod dilation).
+        self.dilation = math.gcd(*(i - j for i, row in enumerate(self.sources, 1) for j in row))
+        # In place costs about what 2.5L entries cost the naive way, however many there are.
+        self.dense = self.dilation > 0 and self.num_params() >= 2.5 * len(rows)
         self.alpha.requires_grad_(bool(self.needed))
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -243,22 +242,25 @@ class DWA(nn.Module):
 #    reads its X again, and its G take their place in the buffer.
 #
 # A DWA of dilation k is k dense ones, one for each residue r = j mod k. X is laid out residue by
-# residue, and below m counts along one of these chains: its X[m] is X_{r + m k}.
+# residue, and below m counts along one of these chains: its X[m] is X_{r + m k}. What else a mask
+# lacks is a 0 in alpha: to pass over it hardly pays, for a tile reads an X if any row of it does.
 
 
 class InPlaceMemory:
-    """What one pass through a k x 1 DenseFormer remembers: X on the way up, G on the way down."""
+    """What one pass through the depth remembers: X on the way up, G on the way down."""
 
     def __init__(self, dwa: DWA, x: Tensor):
         L, N = len(dwa.sources), x.numel()
-        self.k = k = int(dwa.pattern.split("x")[0])
+        self.k = k = dwa.dilation
         chains = [len(range(r, L + 1, k)) for r in range(k)]
         few = N < 1 << 14  # numbers: then the count of operations matters, not the traffic
         self.b = dwa.tile or (chains[0] if few else math.ceil(1.4 * math.sqrt(chains[0])))
         # A sum of many terms is kept in float32 at least, whatever the activations are.
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         alpha = torch.eye(L + 1, device=x.device, dtype=self.dtype)  # row i makes Y_i
-        alpha[k:] = dwa.alpha.detach()[k - 1 :]  # above, the first of each chain: Y_i = X_i
+        self.trained = dwa.mask & (dwa.mask != alpha[1:].bool()).any(1, keepdim=True)
+        # A row with nothing but its diagonal is no DWA, and keeps the 1 there.
+        alpha[1:] = torch.where(self.trained, dwa.alpha.detach(), dwa.mask.to(self.dtype))
         self.alphas = [alpha[r::k, r::k] for r in range(k)]
         self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
         # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
@@ -268,7 +270,6 @@ class InPlaceMemory:
         self.X = x.new_empty(self.pages, L + 1, N // self.pages, dtype=stored).split(chains, 1)
         self.tile = [None] * k  # what the rows of a tile get from outside it, (pages, b, c)
         self.tile_G = [None] * k  # the G of a tile
-        self.dwa = dwa
         self.lowest = self.last = self.top = None  # the steps that go backward, see down
 
     def up(self, i: int, x: Tensor) -> Tensor:
@@ -316,10 +317,8 @@ class InPlaceMemory:
         return dX.view_as(G).to(G.dtype)
 
     def alpha_gradient(self) -> Tensor:
-        """dLoss/dalpha, where there is an alpha; the first k - 1 rows are no DWA."""
-        dalpha = self.dalpha[1:].masked_fill(~self.dwa.mask, 0)
-        dalpha[: self.k - 1] = 0
-        return dalpha
+        """dLoss/dalpha, where there is an alpha."""
+        return self.dalpha[1:].masked_fill(~self.trained, 0)
 
 
 class InPlacePass:
