@@ -14,20 +14,31 @@ singular.png     the singular values of the weight matrices, averaged over the b
 
 import json
 import math
+import signal
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+if __name__ == "__main__":  # Ctrl-C ends it at once, also while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from common import CheckpointError, Parser, find_device, flag, load_checkpoint, save_checkpoint
-from denseformer import DenseFormer, DenseFormerConfig, dwa_pattern
-from train import Ranks, TrainConfig, evaluate, windows
+from common import (
+    CheckpointError,
+    Parser,
+    find_device,
+    flag,
+    load_model,
+    save_checkpoint,
+    side_by_side,
+    understood,
+    windows,
+)
+from denseformer import dwa_pattern
 
 
 @dataclass
@@ -51,55 +62,63 @@ class AnalyzeConfig:
 class Run:
     """A trained model, and the validation tokens to measure it on."""
 
+    B = 8  # sequences that go through the model at once
+
     def __init__(self, path, tokens, device):
-        self.checkpoint = load_checkpoint(path)
-        self.model = DenseFormer(DenseFormerConfig(**self.checkpoint["model_config"])).to(device)
-        self.model.load_state_dict(self.checkpoint["model"])
-        self.model.eval()
         self.device = device
-        train = self.checkpoint["train_config"]
-        B, T = 8, train["block_size"]  # sequences of a batch, tokens of each
-        self.config = TrainConfig(batch_size=B, block_size=T, eval_iters=max(1, tokens // (B * T)))
-        dataset = data.load(train["dataset"], T, train["tokenizer"], train["shards"])
-        if dataset.fingerprint() != self.checkpoint["fingerprint"]:
-            raise CheckpointError(f"{train['dataset']} is not the data that {path} was trained on")
-        self.val = dataset.val
+        self.model, _, self.checkpoint = load_model(path, device)
+        self.T = T = self.model.config.block_size
+        with understood(path):
+            train, fingerprint = self.checkpoint["train_config"], self.checkpoint["fingerprint"]
+            name, tokenizer, shards = (train[k] for k in ("dataset", "tokenizer", "shards"))
+        dataset = data.load(name, T, tokenizer, shards)
+        if dataset.fingerprint() != fingerprint:
+            raise CheckpointError(f"{name} is not the data that {path} was trained on")
+        self.val, self.starts = dataset.val, side_by_side(dataset.val, T, max(1, tokens // T))
 
     @property
     def depth(self):
         return self.model.config.n_layer
 
+    def batches(self):
+        """Validation tokens and those that follow: x and y, (B, T); y is -1 behind the end."""
+        V = self.model.config.vocab_size
+        for n in range(0, len(self.starts), self.B):
+            yield windows(self.val, self.starts[n : n + self.B], (self.B, self.T), self.device, V)
+
+    @torch.no_grad()
     def perplexity(self):
-        autocast, B = nullcontext(), self.config.batch_size
-        loss = evaluate(self.model, self.val, self.config, Ranks(), B, self.device, autocast, [])
-        self.model.eval()
-        return math.exp(loss)
+        total = count = 0
+        for x, y in self.batches():
+            n = (y >= 0).sum().item()
+            total, count = total + self.model(x, y)[1].item() * n, count + n
+        return math.exp(total / count)
 
     @torch.no_grad()
     def cosines(self):
         """Cosine similarity of Y_i to X_0, i = 0..L, averaged over validation tokens: a list."""
-        total, X_0 = torch.zeros(self.depth + 1), None
+        total, X_0, real = torch.zeros(self.depth + 1), None, None
 
         def see_embedding(module, args, x):
             nonlocal X_0
             X_0 = x
 
         def see_dwa(module, args, y):
-            total[args[0]] += F.cosine_similarity(X_0.float(), y.float(), dim=-1).mean().cpu()
+            cosines = F.cosine_similarity(X_0.float(), y.float(), dim=-1)
+            total[args[0]] += cosines[real].sum().cpu()
 
         hooks = [
             self.model.drop.register_forward_hook(see_embedding),
             self.model.dwa.register_forward_hook(see_dwa),
         ]
-        B, T = self.config.batch_size, self.config.block_size
-        starts = np.arange(0, len(self.val) - T, T)
-        n = min(self.config.eval_iters, max(1, len(starts) // B))
-        starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), n * B)).astype(int)]
-        for batch in np.array_split(starts, n):
-            self.model(windows(self.val, batch, (len(batch), T), self.device)[0])
+        count = 0
+        for x, y in self.batches():
+            real = y >= 0
+            self.model(x)
+            count += real.sum().item()
         for hook in hooks:
             hook.remove()
-        return [1.0, *(total[1:] / n).tolist()]
+        return [1.0, *(total[1:] / count).tolist()]
 
     def dropped(self, fractions):
         """The perplexity without these fractions of the alphas, the smallest: a list."""
@@ -365,5 +384,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, data.DataError) as error:
         sys.exit(f"analyze.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"analyze.py: {error.filename or 'a file'}: {error.strerror}")

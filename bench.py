@@ -14,11 +14,15 @@ import contextlib
 import json
 import math
 import platform
+import signal
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C ends it at once, also while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from torch import Tensor
@@ -473,7 +477,4 @@ def print_bars(bars, reached):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(1 if main() else 0)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(1 if main() else 0)

@@ -1,16 +1,22 @@
-"""What the scripts share: flags from a dataclass, device and dtype, checkpoints."""
+"""What the scripts share: flags from a dataclass, device and dtype, batches, checkpoints."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
+
+from data.tokenizer import DataError, Tokenizer, from_state
+from denseformer import DenseFormer, DenseFormerConfig
 
 # -----------------------------------------------------------------------------
 # Flags: a dataclass says all there is to know of them
@@ -143,6 +149,40 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 # -----------------------------------------------------------------------------
+# Batches
+
+
+def windows(tokens, starts, shape, device, vocab_size):
+    """x, the windows of `tokens` that begin at `starts`, and y, the tokens that follow: (B, T).
+
+    Where the tokens end or the starts are too few, y is -1, which counts for nothing: a compiled
+    model then never meets a second shape. Raises DataError for a token that is none of vocab_size.
+    """
+    B, T = shape
+    x, y = np.zeros((B, T), dtype=np.int64), np.full((B, T), -1, dtype=np.int64)
+    for row, s in enumerate(starts):
+        window = tokens[s : s + T + 1]
+        x[row, : len(window) - 1] = window[:-1]
+        y[row, : len(window) - 1] = window[1:]
+    if (largest := max(x.max(), y.max())) >= vocab_size:
+        raise DataError(f"the data has a token {largest}, and the last of its tokenizer is "
+                        f"{vocab_size - 1}: it is damaged, or made by another one")  # fmt: skip
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    if device.type == "cuda":  # a copy from pinned memory does not hold up the CPU
+        x, y = x.pin_memory(), y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def side_by_side(tokens, block_size, most):
+    """Where windows of block_size begin that predict each token once; `most` of them at most,
+    evenly spaced: the same each time."""
+    starts = np.arange(0, len(tokens) - 1, block_size)
+    if len(starts) > most:
+        starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]
+    return starts
+
+
+# -----------------------------------------------------------------------------
 # Checkpoints
 
 FORMAT = "denseformer-1"
@@ -188,3 +228,29 @@ def load_checkpoint(path: Path) -> dict:
     if not known:
         raise CheckpointError(f"{path} has the format {checkpoint['format']!r}, not {FORMAT!r}")
     return checkpoint
+
+
+@contextlib.contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Where what is in a checkpoint makes no sense, CheckpointError says so in one sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} does not hold a run of this version of DenseFormer: "
+            f"{type(error).__name__}: {reason}"
+        ) from None
+
+
+def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer, dict]:
+    """The trained model in a checkpoint, in evaluation mode, its tokenizer, and all of it.
+
+    Raises CheckpointError as load_checkpoint does.
+    """
+    checkpoint = load_checkpoint(path)
+    with understood(path):
+        model = DenseFormer(DenseFormerConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+        tokenizer = from_state(checkpoint["tokenizer"])
+    return model.to(device).eval(), tokenizer, checkpoint

@@ -6,15 +6,18 @@ python sample.py --start FILE:prompt.txt --top_k 40 --max_new_tokens 1000
 """
 
 import codecs
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C ends it at once, also while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
-from common import CheckpointError, Parser, find_device, flag, load_checkpoint
-from data.tokenizer import DataError, from_state
-from denseformer import DenseFormer, DenseFormerConfig
+from common import CheckpointError, Parser, find_device, flag, load_model
+from data.tokenizer import DataError
 
 
 @dataclass
@@ -31,19 +34,6 @@ class SampleConfig:
     )
     seed: int = flag(1337, "the same seed, the same text", low=0)
     device: str = flag("auto", "cuda, mps, cpu; auto takes the first of them that is here")
-
-
-def load_model(path, device):
-    """The model in a checkpoint, ready to write, and its tokenizer."""
-    checkpoint = load_checkpoint(path)
-    try:
-        model = DenseFormer(DenseFormerConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-        tokenizer = from_state(checkpoint["tokenizer"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} does not hold a model of this version: {reason}") from None
-    return model.to(device).eval(), tokenizer
 
 
 def read_prompt(start, tokenizer):
@@ -76,7 +66,7 @@ def main(argv=None):
     out_dir = Path(config.out_dir)
     if not out_dir.is_dir():
         raise CheckpointError(f"there is no folder {out_dir}: python train.py makes one")
-    model, tokenizer = load_model(out_dir / f"{config.checkpoint}.pt", device)
+    model, tokenizer, _ = load_model(out_dir / f"{config.checkpoint}.pt", device)
     text, prompt = read_prompt(config.start, tokenizer)
     for number in range(config.num_samples):
         if config.num_samples > 1:
@@ -100,8 +90,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, DataError) as error:
         sys.exit(f"sample.py: {error}")
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
     except BrokenPipeError:  # whoever read it has read enough
         sys.stderr.close()

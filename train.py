@@ -21,8 +21,12 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C ends it at once, also while torch is imported; see on_signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -37,6 +41,9 @@ from common import (
     load_checkpoint,
     peak_flops,
     save_checkpoint,
+    side_by_side,
+    understood,
+    windows,
 )
 from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_mask
 
@@ -240,55 +247,34 @@ def has_nccl():
 # Steps
 
 
-def windows(tokens, starts, shape, device):
-    """x, the windows of `tokens` that begin at `starts`, and y, the tokens that follow: (B, T).
-
-    Where the tokens end or the starts are too few, y is -1, which counts for nothing: a compiled
-    model then never meets a second shape.
-    """
-    B, T = shape
-    x, y = np.zeros((B, T), dtype=np.int64), np.full((B, T), -1, dtype=np.int64)
-    for row, s in enumerate(starts):
-        window = tokens[s : s + T + 1]
-        x[row, : len(window) - 1] = window[:-1]
-        y[row, : len(window) - 1] = window[1:]
-    x, y = torch.from_numpy(x), torch.from_numpy(y)
-    if device.type == "cuda":  # a copy from pinned memory does not hold up the CPU
-        x, y = x.pin_memory(), y.pin_memory()
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
-
-def get_batch(tokens, config, step, ranks, parts, device):
+def get_batch(dataset, config, step, ranks, parts, device):
     """This rank's share of a step's random windows, as `parts` batches.
 
     Which windows a step has depends on seed and step alone: the same for any number of GPUs and
     parts, and for a resumed run.
     """
     rng = np.random.default_rng((config.seed, step))
-    starts = rng.integers(len(tokens) - config.block_size, size=config.batch_size)
+    starts = rng.integers(len(dataset.train) - config.block_size, size=config.batch_size)
     batches = np.array_split(starts[ranks.rank :: ranks.n], parts)
-    return [windows(tokens, b, (len(batches[0]), config.block_size), device) for b in batches]
+    shape, V = (len(batches[0]), config.block_size), dataset.tokenizer.vocab_size
+    return [windows(dataset.train, starts, shape, device, V) for starts in batches]
 
 
 @torch.no_grad()
 def evaluate(model, tokens, config, ranks, B, device, autocast, stop):
     """Mean loss on a split, the same tokens every time; None if `stop` interrupts it.
 
-    The split is cut into windows of block_size side by side, so that each token is predicted
-    once. Of more than eval_iters batches of them, that many are taken, evenly spaced. B of them
-    go through the model at once.
+    That is each token once, or of a split of more than eval_iters batches so many of its windows.
+    B windows go through the model at once.
     """
-    starts = np.arange(0, len(tokens) - 1, config.block_size)
-    most = config.eval_iters * config.batch_size
-    if len(starts) > most:
-        starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]
+    starts = side_by_side(tokens, config.block_size, config.eval_iters * config.batch_size)
     total = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, the number of tokens
     total = total.to(device, torch.float32 if device.type == "mps" else torch.float64)
     model.eval()
     for i in range(0, math.ceil(len(starts) / ranks.n), B):
         mine = starts[ranks.rank :: ranks.n][i : i + B]
         if len(mine):
-            x, y = windows(tokens, mine, (B, config.block_size), device)
+            x, y = windows(tokens, mine, (B, config.block_size), device, model.config.vocab_size)
             with autocast:
                 _, loss = model(x, y)
             n = (y >= 0).sum()
@@ -329,8 +315,11 @@ def first_line(error):
 # A run
 
 
-def read_settings(argv):
-    """The settings of this run, and the checkpoint that it goes on from, or None."""
+def read_settings(argv, stack):
+    """The settings of this run, and the checkpoint that it goes on from, or None.
+
+    Until `stack` is closed no other run can write into the same out_dir.
+    """
     presets = "".join(
         textwrap.fill(f"--preset {name}: " + " ".join(f"--{k}={v}" for k, v in preset.items()))
         + "\n"
@@ -348,7 +337,9 @@ def read_settings(argv):
             if given.get("overwrite"):
                 parser.error("--resume and --overwrite contradict each other")
             checkpoint = load_checkpoint(last)
-            base = asdict(TrainConfig()) | checkpoint["train_config"] | {"out_dir": str(out_dir)}
+            with understood(last):
+                begun = asdict(TrainConfig(**checkpoint["train_config"]))
+            base = begun | {"out_dir": str(out_dir)}
             for name in FIXED:
                 if given.get(name, base[name]) != base[name]:
                     parser.error(
@@ -369,8 +360,11 @@ def read_settings(argv):
             base = PRESETS[preset] | {"preset": preset}
             given.pop("preset", None)
             if given.get("init_from"):
-                other = load_checkpoint(Path(given["init_from"]))["model_config"]
-                base |= {name: other[name] for name in (*SHAPE, "block_size", "dwa")}
+                path = Path(given["init_from"])
+                other = load_checkpoint(path)
+                with understood(path):
+                    other = other["model_config"]
+                    base |= {name: other[name] for name in (*SHAPE, "block_size", "dwa")}
                 for name in SHAPE:
                     if given.get(name, other[name]) != other[name]:
                         parser.error(f"--{name} {given[name]}: {given['init_from']} has "
@@ -385,6 +379,11 @@ def read_settings(argv):
     except ValueError as error:
         parser.error(str(error))
     out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        stack.enter_context(FileLock(out_dir / ".lock", timeout=0))
+    except Timeout:
+        raise Stop(f"another run is training into {out_dir}: wait for it, or keep this one "
+                   f"elsewhere (--out_dir)") from None  # fmt: skip
     return config, checkpoint
 
 
@@ -456,11 +455,13 @@ def open_log(path, step):
 def start_from(model, config, dataset):
     """Give the model the weights of the checkpoint config.init_from, and of its alphas those that
     config.dwa has too. The others begin at 0, or at the identity where a row has none."""
-    other = load_checkpoint(Path(config.init_from))
-    if other["tokenizer"] != dataset.tokenizer.state():
-        raise Stop(f"{config.init_from} has another tokenizer than {dataset.name} gets here")
+    path = Path(config.init_from)
+    other = load_checkpoint(path)
     mask = model.dwa.mask.clone()
-    model.load_state_dict(other["model"])
+    with understood(path):
+        if other["tokenizer"] != dataset.tokenizer.state():
+            raise Stop(f"{path} has another tokenizer than {dataset.name} gets here")
+        model.load_state_dict(other["model"])
     model.dwa.set_mask(mask)
     if config.dwa_start_iter and not torch.equal(model.dwa.alpha.cpu(), DWA(model.config).alpha):
         raise Stop(
@@ -470,7 +471,12 @@ def start_from(model, config, dataset):
 
 def main(argv=None):
     ranks = Ranks()
-    config, checkpoint = ranks.first(read_settings, argv)
+    with contextlib.ExitStack() as stack:
+        return run(ranks, *ranks.first(read_settings, argv, stack))
+
+
+def run(ranks, config, checkpoint):
+    """Train from the beginning or the checkpoint on; returns the exit status."""
     device = ranks.device(find_device(config.device))
     # Rank 0 settles which data it is and gets it; another machine then gets its own copy.
     config.dataset = ranks.first(lambda: load_data(config).name)  # nor shall a resumed run choose
@@ -496,18 +502,19 @@ def main(argv=None):
     step_tokens = config.batch_size * config.block_size
     print(plan(model, dataset, config, ranks, parts, dtype, device), flush=True)
     if config.compile or (config.compile is None and device.type == "cuda"):
-        compile_model(model, get_batch(dataset.train, config, 0, ranks, parts, device)[0], autocast)
+        compile_model(model, get_batch(dataset, config, 0, ranks, parts, device)[0], autocast)
     if config.init_from and not checkpoint:
         start_from(model, config, dataset)
     step, best = 0, math.inf
     if checkpoint:
-        if checkpoint["fingerprint"] != dataset.fingerprint():
-            raise Stop(f"{dataset.name} is not the data that the run in {out_dir} was begun with")
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(checkpoint["scaler"])
-        step, best = checkpoint["step"], checkpoint["best"]
+        with understood(out_dir / "last.pt"):
+            if checkpoint["fingerprint"] != dataset.fingerprint():
+                raise Stop(f"{dataset.name} is not the data that the run in {out_dir} began with")
+            model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            scaler.load_state_dict(checkpoint["scaler"])
+            step, best = checkpoint["step"], checkpoint["best"]
         print(f"going on from step {step:,}", flush=True)
     if step < config.dwa_start_iter:
         model.dwa.set_mask(dwa_mask("none", config.n_layer))
@@ -536,12 +543,15 @@ def main(argv=None):
             f"before that. A lower --learning_rate or a longer --warmup_iters may help"
         )
 
+    # A model that knows nothing has a loss of log(vocab_size): far above that, it is lost.
+    worst = 2 * math.log(model_config.vocab_size)
+
     # From here on Ctrl-C and SIGTERM wait for the step to end; a second one does not.
     stop = []
 
     def on_signal(number, frame):
         stop.append(number)
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, signal.SIG_DFL)
 
     handlers = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     log = ranks.rank == 0 and open_log(out_dir / "log.jsonl", step)
@@ -556,7 +566,7 @@ def main(argv=None):
     train_time, steps_seen, loss_value = 0.0, 0, math.nan
     peak = peak_flops(device)
     snapshots = {config.max_iters * part // 16 for part in (1, 2, 4, 8, 16)}
-    batches = get_batch(dataset.train, config, step, ranks, parts, device)
+    batches = get_batch(dataset, config, step, ranks, parts, device)
     model.train()
     while True:
         if step == config.dwa_start_iter > 0:
@@ -567,8 +577,8 @@ def main(argv=None):
         if step % config.eval_interval == 0 or step == config.max_iters:
             val_loss = evaluate(model, dataset.val, config, ranks, B, device, autocast, stop)
             if val_loss is not None:
-                if not math.isfinite(val_loss):
-                    diverged(f"a validation loss of {val_loss}")
+                if not math.isfinite(val_loss) or (step > first_step and val_loss > worst):
+                    diverged(f"a validation loss of {val_loss:.3g}")
                 write(step=step, val_loss=val_loss)
                 print_line(bar, f"step {step:>6,}  validation loss {val_loss:.4f}")
                 if val_loss < best:
@@ -605,7 +615,7 @@ def main(argv=None):
         step += 1
         bar.update()
         # A GPU is still at work on this step while the CPU gets the next batch.
-        batches = get_batch(dataset.train, config, step, ranks, parts, device)
+        batches = get_batch(dataset, config, step, ranks, parts, device)
 
         steps_seen += 1
         if step % config.log_interval == 0:
@@ -691,5 +701,3 @@ if __name__ == "__main__":
                  "of less")  # fmt: skip
     except OSError as error:
         sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(130)
