@@ -15,7 +15,6 @@ singular.png     the singular values of the weight matrices, averaged over the b
 import json
 import math
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from common import (
     load_model,
     save_checkpoint,
     side_by_side,
+    start,
     understood,
     windows,
 )
@@ -380,9 +380,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CheckpointError, data.DataError) as error:
-        sys.exit(f"analyze.py: {error}")
-    except OSError as error:
-        sys.exit(f"analyze.py: {error.filename or 'a file'}: {error.strerror}")
+    start(main)

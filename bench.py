@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from common import Parser, find_device, flag
+from common import Parser, find_device, flag, start
 from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_pattern
 
 
@@ -390,7 +390,7 @@ def main(argv=None):
             " ".join(k) if isinstance(k, tuple) else k: v for k, v in reached.items()
         }
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
-    return missed
+    return int(missed > 0)
 
 
 def bench_model(config, device, dwas, report):
@@ -477,4 +477,4 @@ def print_bars(bars, reached):
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main() else 0)
+    start(main)

@@ -1,4 +1,4 @@
-"""What the scripts share: flags from a dataclass, device and dtype, batches, checkpoints."""
+"""What the scripts share: how they start, flags, device and dtype, batches, checkpoints."""
 
 import argparse
 import contextlib
@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,27 @@ import torch
 
 from data.tokenizer import DataError, Tokenizer, from_state
 from denseformer import DenseFormer, DenseFormerConfig
+
+
+class Stop(Exception):
+    """Why a program could not go on, in one sentence for the person who started it."""
+
+
+def start(main: Callable[[], int | None]) -> NoReturn:
+    """Run main() of a script; what its user can cause ends in a sentence and status 1."""
+    name = Path(sys.argv[0]).name
+    try:
+        sys.exit(main())
+    except (Stop, DataError) as error:
+        sys.exit(f"{name}: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"{name}: out of memory; smaller batches take less of it")
+    except BrokenPipeError:  # whoever read the output has read enough
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(f"{name}: {error.filename or 'a file'}: {error.strerror}")
+
 
 # -----------------------------------------------------------------------------
 # Flags: a dataclass says all there is to know of them
@@ -188,8 +209,8 @@ def side_by_side(tokens, block_size, most):
 FORMAT = "denseformer-1"
 
 
-class CheckpointError(Exception):
-    """Why a checkpoint cannot be used, in one sentence."""
+class CheckpointError(Stop):
+    """Why a checkpoint cannot be used."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict):
@@ -218,15 +239,17 @@ def load_checkpoint(path: Path) -> dict:
             if archive.testzip():
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        known = checkpoint["format"] == FORMAT
+        if not isinstance(checkpoint, dict):
+            raise TypeError
+        written = checkpoint["format"]
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # a damaged archive can fail in any way
         raise CheckpointError(f"{path} is damaged, or no checkpoint of DenseFormer") from None
-    if not known:
-        raise CheckpointError(f"{path} has the format {checkpoint['format']!r}, not {FORMAT!r}")
+    if written != FORMAT:
+        raise CheckpointError(f"{path} has the format {written!r}, not {FORMAT!r}")
     return checkpoint
 
 

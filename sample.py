@@ -7,7 +7,6 @@ python sample.py --start FILE:prompt.txt --top_k 40 --max_new_tokens 1000
 
 import codecs
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ if __name__ == "__main__":  # Ctrl-C ends it at once, also while torch is import
 
 import torch
 
-from common import CheckpointError, Parser, find_device, flag, load_model
+from common import CheckpointError, Parser, find_device, flag, load_model, start
 from data.tokenizer import DataError
 
 
@@ -86,9 +85,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CheckpointError, DataError) as error:
-        sys.exit(f"sample.py: {error}")
-    except BrokenPipeError:  # whoever read it has read enough
-        sys.stderr.close()
+    start(main)

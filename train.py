@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import data
 from common import (
-    CheckpointError,
     Parser,
+    Stop,
     find_device,
     find_dtype,
     flag,
@@ -42,6 +42,7 @@ from common import (
     peak_flops,
     save_checkpoint,
     side_by_side,
+    start,
     understood,
     windows,
 )
@@ -163,10 +164,6 @@ FIXED += ["init_from"]
 
 # What a model started from the weights of another has from it.
 SHAPE = ["n_layer", "n_head", "n_embd", "bias", "skip_gains"]
-
-
-class Stop(Exception):
-    """The end of a run that could not go on, in one sentence."""
 
 
 # -----------------------------------------------------------------------------
@@ -363,7 +360,7 @@ def read_settings(argv, stack):
                 path = Path(given["init_from"])
                 other = load_checkpoint(path)
                 with understood(path):
-                    other = other["model_config"]
+                    other = asdict(DenseFormerConfig(**other["model_config"]))
                     base |= {name: other[name] for name in (*SHAPE, "block_size", "dwa")}
                 for name in SHAPE:
                     if given.get(name, other[name]) != other[name]:
@@ -514,7 +511,7 @@ def run(ranks, config, checkpoint):
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             scaler.load_state_dict(checkpoint["scaler"])
-            step, best = checkpoint["step"], checkpoint["best"]
+            step, best = int(checkpoint["step"]), float(checkpoint["best"])
         print(f"going on from step {step:,}", flush=True)
     if step < config.dwa_start_iter:
         model.dwa.set_mask(dwa_mask("none", config.n_layer))
@@ -692,12 +689,4 @@ def plot(out_dir):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (Stop, CheckpointError, data.DataError) as error:
-        sys.exit(f"train.py: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("train.py: out of memory; more --gradient_accumulation_steps make the same step "
-                 "of less")  # fmt: skip
-    except OSError as error:
-        sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror}")
+    start(main)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.helpers import FAULTS
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
@@ -15,3 +17,10 @@ def text(tmp_path):
     words = np.random.default_rng(0).choice(["to ", "be ", "or ", "not\n", "that "], 2000)
     file.write_text("".join(words))
     return str(file)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FAULTS:
+        terminalreporter.section("faults tried and survived; a failed test is one that was not")
+        for what, times in FAULTS.items():
+            terminalreporter.line(f"{times:6,}  {what}")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import common
@@ -32,3 +33,11 @@ def weights(out_dir):
 def losses(out_dir):
     lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
     return [(e["step"], e.get("loss"), e.get("val_loss")) for e in lines if "alpha" not in e]
+
+
+FAULTS = Counter()
+
+
+def survived(what):
+    """Count a fault that was tried and did no harm, for the table at the end of the tests."""
+    FAULTS[what] += 1
