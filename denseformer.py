@@ -138,11 +138,13 @@ class DWA(nn.Module):
     the memory traffic. Masks of few entries have little to save and take the naive way.
     """
 
+    mask: Tensor
+
     def __init__(self, config: DenseFormerConfig):
         super().__init__()
         L = config.n_layer
         self.impl = config.dwa_impl
-        self.tile = None  # rows of an in-place tile, chosen by InPlacePass unless set
+        self.tile: int | None = None  # rows of an in-place tile, chosen by InPlaceMemory unless set
         self.alpha = nn.Parameter(torch.eye(L + 1)[1:].clone())  # alpha[i, i] = 1: Y_i = X_i
         self.register_buffer("mask", torch.eye(L + 1, dtype=torch.bool)[1:].clone())
         self.set_mask(dwa_mask(config.dwa, L))
@@ -209,7 +211,8 @@ class DWA(nn.Module):
         # A sum over many terms is kept in float32 at least, whatever the activations are.
         dtype = torch.promote_types(x.dtype, torch.float32)
         alpha = self.alpha[i - 1].to(dtype)
-        return sum(alpha[j] * X[j].to(dtype) for j in self.sources[i - 1]).to(x.dtype)
+        terms = [alpha[j] * X[j].to(dtype) for j in self.sources[i - 1]]
+        return sum(terms[1:], terms[0]).to(x.dtype)
 
 
 # In-place DWA. A DWA does almost no arithmetic: its cost is memory traffic. Let an activation be
@@ -258,7 +261,7 @@ class InPlaceMemory:
         # A sum of many terms is kept in float32 at least, whatever the activations are.
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         alpha = torch.eye(L + 1, device=x.device, dtype=self.dtype)  # row i makes Y_i
-        self.trained = dwa.mask & (dwa.mask != alpha[1:].bool()).any(1, keepdim=True)
+        self.trained = dwa.mask & dwa.mask.ne(alpha[1:].bool()).any(1, keepdim=True)
         # A row with nothing but its diagonal is no DWA, and keeps the 1 there.
         alpha[1:] = torch.where(self.trained, dwa.alpha.detach(), dwa.mask.to(self.dtype))
         self.alphas = [alpha[r::k, r::k] for r in range(k)]
@@ -268,9 +271,12 @@ class InPlaceMemory:
         # A page has the rows of up to 16 tokens: X is (pages, L + 1, c).
         self.pages = N // (x.size(-1) * math.gcd(N // x.size(-1), 16))
         self.X = x.new_empty(self.pages, L + 1, N // self.pages, dtype=stored).split(chains, 1)
-        self.tile = [None] * k  # what the rows of a tile get from outside it, (pages, b, c)
-        self.tile_G = [None] * k  # the G of a tile
-        self.lowest = self.last = self.top = None  # the steps that go backward, see down
+        # What the rows of a tile get from outside it, (pages, b, c), and the G of a tile.
+        self.tile, self.tile_G = [x.new_empty(0)] * k, [x.new_empty(0)] * k
+        # The steps that go backward, see down: the lowest, the one before this, the first.
+        self.lowest: int | None = None
+        self.last: int | None = None
+        self.top = L
 
     def up(self, i: int, x: Tensor) -> Tensor:
         """X_i -> Y_i."""
@@ -289,7 +295,7 @@ class InPlaceMemory:
         """G_i = dLoss/dY_i -> dLoss/dX_i; the steps come in falling order, each once."""
         if self.last is None:
             self.top = i  # above it no Y has a gradient
-        elif i != self.last - 1 or self.X is None:
+        elif i != self.last - 1 or not self.X:
             raise RuntimeError(
                 "the in-place DWA goes backward through a forward pass once, for it overwrites its "
                 "memory on the way; dwa_impl='naive' can do it more often"
@@ -302,7 +308,7 @@ class InPlaceMemory:
         if m == hi - 1:  # a new tile begins; beyond it, X holds G by now
             if hi < end:
                 self.tile[r] = weighted_sums(alpha[hi:end, lo:hi].T, X[:, hi:end])
-            if self.tile_G[r] is None:
+            if not self.tile_G[r].numel():
                 self.tile_G[r] = torch.empty_like(X[:, : self.b])
         tile_G = self.tile_G[r][:, : hi - lo]
         tile_G[:, m - lo] = G.reshape(self.pages, -1)
@@ -312,12 +318,13 @@ class InPlaceMemory:
             if self.dalpha is not None:
                 self.dalpha[r :: self.k, r :: self.k][lo:hi, :hi] = dots(tile_G, X[:, :hi])
             X[:, lo:hi] = tile_G
-        if i == self.lowest:
-            self.X = self.tile = self.tile_G = None
+        if i == self.lowest:  # nothing of it is needed again
+            self.X, self.tile, self.tile_G = (), [], []
         return dX.view_as(G).to(G.dtype)
 
     def alpha_gradient(self) -> Tensor:
         """dLoss/dalpha, where there is an alpha."""
+        assert self.dalpha is not None
         return self.dalpha[1:].masked_fill(~self.trained, 0)
 
 
@@ -502,6 +509,8 @@ class Loss(nn.Module):
 class DenseFormer(nn.Module):
     """The whole model: token embedding, L blocks with their DWAs, norm, output head."""
 
+    rotary: Tensor
+
     def __init__(self, config: DenseFormerConfig):
         super().__init__()
         self.config = config
@@ -614,7 +623,7 @@ class DenseFormer(nn.Module):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', not {optimizer!r}")
         matrices = [p for p in self.blocks.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2] + [self.dwa.alpha]
-        optimizers = []
+        optimizers: list[torch.optim.Optimizer] = []
         if optimizer == "muon":
             if not hasattr(torch.optim, "Muon"):
                 raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")

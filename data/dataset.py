@@ -22,7 +22,7 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """Tells whether a resumed run has the data that it began with."""
-        return f"{len(self.train)}-{len(self.val)}-{zlib.crc32(np.ascontiguousarray(self.val)):08x}"
+        return f"{len(self.train)}-{len(self.val)}-{zlib.crc32(self.val.tobytes()):08x}"
 
 
 def split(name: str, ids: np.ndarray, tokenizer: Tokenizer) -> Dataset:

@@ -79,7 +79,8 @@ def fetch(
                 if not tag.exists():  # nobody could go on with it
                     part.unlink(missing_ok=True)
     except (OSError, BadFile) as error:
-        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        name = getattr(error, "filename", None)
+        where = f"{name}: " if name else ""
         why = getattr(error, "strerror", None) or error
         raise DataError(f"cannot get {url}: {where}{why}") from None
     return path
@@ -91,7 +92,7 @@ def is_there(path: Path, sha256: str | None) -> bool:
 
 def download(url, part, tag, size, sha256, given_up: threading.Event):
     """Try until `part` is whole and right, or until that is not to be expected any more."""
-    tries = checks = furthest = pause = 0
+    tries, checks, furthest, pause = 0, 0, 0, 0.0
     while not given_up.wait(pause):
         try:
             verify(part, *receive(url, part, tag, size, sha256, given_up))
@@ -169,34 +170,36 @@ def receive(url, part, tag, size, sha256, given_up):
     return size or total or None, sha256
 
 
-def status(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else response.status_code
+def answer(error: Exception) -> requests.Response | None:
+    """What the server answered, where it did."""
+    return error.response if isinstance(error, requests.RequestException) else None
 
 
 def is_final(error: Exception) -> bool:
     """Whether that is the last word; too many requests and a server's own failures may pass."""
-    code = status(error)
-    if isinstance(error, NoUse) or code is None or code in (408, 429):
+    response = answer(error)
+    if response is None or response.status_code in (408, 429):
         return isinstance(error, NoUse)
     # Behind a redirect it may be that the signed address expired on the way; the next is fresh.
-    return 400 <= code < 500 and not error.response.history
+    return 400 <= response.status_code < 500 and not response.history
 
 
 def pause_after(error: Exception, tries: int) -> float:
     """Seconds to wait before the next try."""
     pause = BACKOFF * 2 ** (tries - 1)
-    if status(error) == 429:
+    response = answer(error)
+    if response is not None and response.status_code == 429:
         pause *= RATE_LIMIT
-        with contextlib.suppress(TypeError, ValueError):
-            pause = float(error.response.headers.get("Retry-After"))
+        with contextlib.suppress(KeyError, ValueError):
+            pause = float(response.headers["Retry-After"])
     return min(pause, 600.0)
 
 
 def reason(error: Exception) -> str:
     """What went wrong, without the library's nested representations."""
-    if isinstance(error, requests.HTTPError):
-        return f"the server answers {error.response.status_code} {error.response.reason}"
+    response = answer(error)
+    if isinstance(error, requests.HTTPError) and response is not None:
+        return f"the server answers {response.status_code} {response.reason}"
     if isinstance(error, requests.Timeout):
         return "the server does not answer in time"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):

@@ -131,4 +131,4 @@ def load_bins(folder: Path, kind: str | None) -> Dataset:
             if part.max() > tokenizer.end:
                 raise DataError(f"{path} has a token {part.max()}, and GPT-2's end at 50256")
         splits.append(ids)
-    return Dataset(str(folder), *splits, tokenizer)
+    return Dataset(str(folder), splits[0], splits[1], tokenizer)

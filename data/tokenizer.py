@@ -27,6 +27,10 @@ class Tokenizer:
         """The UTF-8 of the text; a single id may be a part of a character."""
         raise NotImplementedError
 
+    def state(self) -> dict:
+        """What from_state() makes it again of."""
+        raise NotImplementedError
+
     def decode(self, ids) -> str:
         """The text; what is no UTF-8, as a character cut in half, becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")

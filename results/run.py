@@ -1,14 +1,17 @@
 """Does depth-weighted averaging help? The paper's comparison, in small, on your machine.
 
-python results/run.py                                Tiny Shakespeare, 24 blocks of 64 channels
-python results/run.py --name books --dataset FOLDER --variants "plain,1x1,4x5,plain deeper"
-python results/run.py --train="--n_layer=48 --n_embd=768 --n_head=12 ..." --jobs 1    on a GPU
+python results/run.py --train=--max_iters=1000       Tiny Shakespeare, 24 blocks of 48 channels
+python results/run.py --name books --dataset FOLDER --train=--tokenizer=byte
+python results/run.py --name gpu --dataset FOLDER --jobs 1 --variants "plain,1x1,4x5,plain deeper" \
+    --train="--preset=gpu --n_layer=48 --n_embd=768 --n_head=12 --dtype=bfloat16 --compile=True"
 
 Trains every variant with train.py on several seeds, after a sweep of the learning rate for the
 plain Transformer, for the deeper one and for 1x1 (variants of the same depth without DWA get the
-rate that is best for the first, those with DWA that of the last). The losses are of the whole
-validation split at the end of the run. What was done is kept in results/NAME.json, so that the
-script can be stopped and goes on; the result is results/NAME.md and results/NAME.png.
+rate that is best for the first, those with DWA that of the last). Models of one depth and seed
+begin with the same weights and see the same batches, so their losses are compared seed by seed.
+The losses are of the whole validation split at the end of the run. What was done is kept in
+results/NAME.json, so that the script can be stopped and goes on; the result is results/NAME.md and
+results/NAME.png.
 """
 
 import json
@@ -41,7 +44,7 @@ class RunConfig:
     variants: str = flag("all", "names from the table, with commas between")
     seeds: str = flag("1,2,3", "with commas between")
     sweep: str = flag("2e-3,4e-3,8e-3,1.6e-2", "learning rates to try, on the first seed")
-    warmup: int = flag(20, "one part in this many of the steps is warm-up", low=1)
+    warmup: int = flag(10, "one part in this many of the steps is warm-up", low=1)
     jobs: int = flag(os.cpu_count() or 1, "trainings at a time; they share the cores", low=1)
     out_dir: str = flag("out-results", "folder for the runs")
     train: str = flag("", "further flags for train.py, in one pair of quotes")
@@ -49,9 +52,8 @@ class RunConfig:
 
 # The flags of every run, and what each variant changes. L is the depth.
 COMMON = {
-    "n_layer": 24, "n_head": 2, "n_embd": 64, "block_size": 128, "batch_size": 8,
-    "max_iters": 600, "optimizer": "adamw", "weight_decay": 0.1, "dtype": "float32",
-    "compile": True,
+    "n_layer": 24, "n_head": 2, "n_embd": 48, "block_size": 128, "batch_size": 8,
+    "max_iters": 2000, "optimizer": "adamw", "weight_decay": 0.1, "dtype": "float32",
 }  # fmt: skip
 VARIANTS = {
     "plain": {"dwa": "none"},
@@ -64,6 +66,8 @@ VARIANTS = {
     "last2+12x1": {"dwa": "last2+12x1"},
     "pruned as 4x1": {"dwa": "pruned as 4x1"},
     "pruned as 4x5": {"dwa": "pruned as 4x5"},
+    "1x1 from 1/4 on": {"dwa": "1x1", "late": 0.25},
+    "1x1 from 1/2 on": {"dwa": "1x1", "late": 0.5},
     "plain deeper": {"dwa": "none", "deeper": 1.5},
 }
 
@@ -86,6 +90,8 @@ class Runs:
         flags |= {"n_layer": int(flags["n_layer"] * flags.pop("deeper", 1))}
         flags |= {"seed": seed, "learning_rate": rate, "min_lr": rate / 10}
         steps = flags["max_iters"]
+        if late := flags.pop("late", 0):
+            flags |= {"dwa_start_iter": int(late * steps)}
         flags |= {"warmup_iters": steps // self.config.warmup, "eval_interval": steps}
         return flags | {"eval_iters": 10**6}
 
@@ -93,6 +99,7 @@ class Runs:
         """Where the run with these flags is."""
         name = "-".join(f"{flags[k]}" for k in ("dwa", "n_layer", "seed", "learning_rate"))
         name += f"-{flags['max_iters']}" + ("-gains" if flags.get("skip_gains") else "")
+        name += f"-from-{flags['dwa_start_iter']}" if "dwa_start_iter" in flags else ""
         return Path(self.config.out_dir).absolute() / self.config.name / slug(name)
 
     def train(self, todo):
@@ -179,8 +186,14 @@ def mean_and_error(losses):
     return statistics.mean(losses), error
 
 
+def against_plain(rows, name):
+    """Mean and standard error of the loss less that of plain, seed by seed."""
+    pairs = zip(rows[name]["losses"], rows["plain"]["losses"], strict=True)
+    return mean_and_error([ours - plain for ours, plain in pairs])
+
+
 def plot(rows, path):
-    """Loss against sparsity of alpha, with the plain models as lines."""
+    """The validation losses, a variant a line: mean, standard error, and each seed."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -195,7 +208,9 @@ def plot(rows, path):
         axes.plot(
             rows[name]["losses"], [y] * len(rows[name]["losses"]), "|", color=color, alpha=0.6
         )
-    axes.axvline(mean_and_error(rows["plain"]["losses"])[0], color="0.35", linewidth=0.8, ls=":")
+    if "plain" in rows:
+        plain = mean_and_error(rows["plain"]["losses"])[0]
+        axes.axvline(plain, color="0.35", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("validation loss (nats per token); mean, standard error, and each seed")
     axes.grid(axis="x", alpha=0.3)
@@ -250,15 +265,19 @@ def report(rows, losses, runs, config, variants):
     text = [
         f"Made by `{' '.join(['python results/run.py', *map(quoted, sys.argv[1:])])}`",
         f"on {machine(find_device('auto'))}.\n",
-        "| model | blocks | parameters | alphas | sparsity | validation loss | step, x plain |",
-        "|---|---|---|---|---|---|---|",
+        "| model | blocks | parameters | alphas | sparsity | validation loss | less plain's | step, "
+        "x plain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         mean, error = mean_and_error(row["losses"])
         alphas = f"{row['alphas']:,} | {row['sparsity']:.1%}" if row["alphas"] else "|"
+        less = ""
+        if "plain" in rows and name != "plain":
+            less = "{:+.4f} ± {:.4f}".format(*against_plain(rows, name))
         text.append(
             f"| {name} | {row['blocks']} | {row['parameters']:,} | {alphas} | "
-            f"{mean:.4f} ± {error:.4f} | {row['time']:.3f} |"
+            f"{mean:.4f} ± {error:.4f} | {less} | {row['time']:.3f} |"
         )
     text.append("\nLearning rates, on the first seed:\n")
     text.append("| | " + " | ".join(f"{rate:g}" for rate in losses["plain"]) + " |")
