@@ -265,8 +265,8 @@ def report(rows, losses, runs, config, variants):
     text = [
         f"Made by `{' '.join(['python results/run.py', *map(quoted, sys.argv[1:])])}`",
         f"on {machine(find_device('auto'))}.\n",
-        "| model | blocks | parameters | alphas | sparsity | validation loss | less plain's | step, "
-        "x plain |",
+        "| model | blocks | parameters | alphas | sparsity | validation loss | less plain's "
+        "| step, x plain |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
