@@ -4,19 +4,21 @@
     dataset.train, dataset.val      1-D arrays of token ids, memory-mapped where they are large
     dataset.tokenizer               encode: str -> ids, decode: ids -> str, vocab_size, state()
 
-A data set is a file here with a function `load(...) -> Dataset`, and a line in DATASETS.
+A data set is a file here with a function that makes a Dataset, and a line in DATASETS.
 """
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
 from data import openwebtext, pydoc_topics, shakespeare, textfile
 from data.dataset import DataError, Dataset
 
-DATASETS = {
-    "shakespeare": "the default: 1.1 MB, downloaded",
-    "pydoc": "its stand-in without a network: 0.5 MB, inside Python",
-    "openwebtext": "web pages, 80 shards of 300 MB to download",
+# {name: function of the tokenizer's name, or None, and the number of shards}
+DATASETS: dict[str, Callable[[str | None, int], Dataset]] = {
+    "shakespeare": lambda kind, n_shards: shakespeare.load(kind),  # 1.1 MB, downloaded
+    "pydoc": lambda kind, n_shards: pydoc_topics.load(kind),  # 0.5 MB, part of Python
+    "openwebtext": openwebtext.load,  # 80 shards of 300 MB, downloaded
 }
 
 # How long to wait for a network before a run that named no data set goes on without one.
@@ -43,12 +45,8 @@ def load(
                 f"REFERENCE INSTEAD. To insist, --dataset shakespeare; or --dataset YOUR.txt",
                 flush=True,
             )
-    elif name == "shakespeare":
-        dataset = shakespeare.load(tokenizer)
-    elif name == "pydoc":
-        dataset = pydoc_topics.load(tokenizer)
-    elif name == "openwebtext":
-        dataset = openwebtext.load(n_shards, tokenizer)
+    elif name in DATASETS:
+        dataset = DATASETS[name](tokenizer, n_shards)
     elif Path(name).exists():
         dataset = textfile.load(Path(name), tokenizer)
     else:

@@ -26,7 +26,7 @@ NAME = "plain_text/train-{:05d}-of-{:05d}.parquet"  # 302 MB, some 100,000 docum
 SHARD_0 = "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e"  # its sha256
 
 
-def load(n: int, kind: str | None) -> Dataset:
+def load(kind: str | None, n: int) -> Dataset:
     """The first n shards, downloaded and tokenized as far as they are not in the cache yet.
 
     OPENWEBTEXT_URL in the environment names a mirror or a folder with the same files. Raises
