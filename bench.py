@@ -110,7 +110,7 @@ def make_dwas(config, device):
     def make(pattern, impl="inplace", kind=DWA):
         shape = {"n_layer": config.n_layer, "dwa": pattern, "dwa_impl": impl}
         dwa = kind(DenseFormerConfig(**shape))
-        dwa.tile = config.tile or None
+        dwa.tile_rows = config.tile or None
         with torch.no_grad():
             for row, mask in zip(dwa.alpha, dwa.mask, strict=True):
                 if mask.sum() > 1:
@@ -196,7 +196,7 @@ def activations_moved(dwa):
     """Activations that a DWA reads and writes, forward and backward, counted on a small one."""
     x = torch.randn(1, 64, 256, requires_grad=True)
     cpu = type(dwa)(DenseFormerConfig(n_layer=len(dwa.sources), dwa=dwa_pattern(dwa.mask)))
-    cpu.impl, cpu.tile = dwa.impl, dwa.tile
+    cpu.impl, cpu.tile_rows = dwa.impl, dwa.tile_rows
     with Traffic(x.numel()) as traffic:
         dwa_pass(cpu, x)
     return traffic.moved / x.numel()

@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import math
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ def start(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        sys.exit(f"{name}: {error.filename or 'a file'}: {error.strerror}")
+        sys.exit(f"{name}: {error.filename or 'a file'}: {error.strerror or error}")
 
 
 # -----------------------------------------------------------------------------
@@ -156,8 +157,8 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 # Dense bfloat16 FLOPs a second, from the makers' data sheets; the first name that fits counts.
 PEAK_FLOPS = {
     "B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 5090": 209e12, "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 5090": 209e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 
@@ -166,7 +167,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+    fits = (peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name))
+    return next(fits, None)
 
 
 # -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ plain Transformer of the same weights.
 
 What is notable here:
 - all DWAs of the model are one matrix, alpha, and one mask; a sparse DWA is a sparser mask
-- the plain Transformer is no second class but the setting dwa="none"
+- the plain Transformer is the same code with dwa="none"
 - the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
 - generation keeps a key-value cache and can be streamed, a token at a time
 
@@ -25,7 +25,6 @@ In the comments B is sequences, T tokens, C channels (n_embd), V vocabulary, L b
 import math
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +85,8 @@ def dwa_mask(pattern: str, n_layer: int) -> Tensor:
         i:j,j,j          a DWA after block i that sees these X_j and no others
         none             no DWA
 
-    and, joined by +, all that any of them has: last2+12x1. A row that nothing is said of has the
-    diagonal, which is no DWA, for then Y_i = X_i. Raises ValueError for other patterns.
+    and, joined by +, all that any of them has: last2+12x1. A row that no part names has only its
+    diagonal, which is no DWA: Y_i = X_i. Raises ValueError for other patterns.
     """
     i = torch.arange(1, n_layer + 1).unsqueeze(1)  # (L, 1)
     j = torch.arange(n_layer + 1)  # (L + 1)
@@ -104,8 +103,10 @@ def dwa_mask(pattern: str, n_layer: int) -> Tensor:
         elif match := re.fullmatch(r"(\d+):(\d+(?:,\d+)*)", part):
             row = int(match[1])
             for column in map(int, match[2].split(",")):
-                if not 1 <= row <= n_layer or column > row:
-                    raise ValueError(f"dwa {part!r}: no DWA of {n_layer} blocks has X_{column}")
+                if not 1 <= row <= n_layer:
+                    raise ValueError(f"dwa {part!r}: there is no block {row} among {n_layer}")
+                if column > row:
+                    raise ValueError(f"dwa {part!r}: X_{column} comes after block {row}")
                 mask[row - 1, column] = True
         elif part != "none":
             raise ValueError(
@@ -144,7 +145,7 @@ class DWA(nn.Module):
         super().__init__()
         L = config.n_layer
         self.impl = config.dwa_impl
-        self.tile: int | None = None  # rows of an in-place tile, chosen by InPlaceMemory unless set
+        self.tile_rows: int | None = None  # of the in-place way, which chooses unless it is set
         self.alpha = nn.Parameter(torch.eye(L + 1)[1:].clone())  # alpha[i, i] = 1: Y_i = X_i
         self.register_buffer("mask", torch.eye(L + 1, dtype=torch.bool)[1:].clone())
         self.set_mask(dwa_mask(config.dwa, L))
@@ -162,21 +163,24 @@ class DWA(nn.Module):
             )
         self.mask.copy_(mask)
         self._read_mask()
+        self.alpha.mul_(self.mask)
         for i, sources in enumerate(self.sources):
-            self.alpha[i] *= self.mask[i]
             if not sources:
-                self.alpha[i, i + 1] = 1
+                self.alpha[i, i + 1] = 1  # no DWA: Y_i = X_i
+            elif not self.alpha[i].any():
+                self.alpha[i, sources[-1]] = 1  # without X_i it begins as the newest X there is
 
     def _read_mask(self):
-        # The mask in a form that needs no look at the device: for each row its columns j, and
-        # none at all where the diagonal is alone, which is no DWA.
+        # The mask as Python lists, so that a forward pass never waits for the device: for each row
+        # its columns j, and none at all where the diagonal is alone, which is no DWA.
         rows = [row.nonzero().flatten().tolist() for row in self.mask.cpu()]
         self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
         self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
         # X_j is of use to Y_i only where j = i (mod dilation).
         self.dilation = math.gcd(*(i - j for i, row in enumerate(self.sources, 1) for j in row))
-        # In place costs about what 2.5L entries cost the naive way, however many there are.
-        self.dense = self.dilation > 0 and self.num_params() >= 2.5 * len(rows)
+        # The in-place way moves about as much as the naive one does for 2.5 L entries, however many
+        # there are.
+        self.in_place_pays = self.num_params() >= 2.5 * len(rows)
         self.alpha.requires_grad_(bool(self.needed))
 
     def _load_from_state_dict(self, *args, **kwargs):
@@ -195,7 +199,7 @@ class DWA(nn.Module):
 
     def start(self, x: Tensor) -> "tuple[Tensor, dict[int, Tensor] | InPlacePass]":
         """Begin a pass with X_0, of (B, T, C); returns Y_0 and the memory of this pass."""
-        if self.impl == "inplace" and self.dense:
+        if self.impl == "inplace" and self.in_place_pays:
             X = InPlacePass(self, x)
             return X.step(0, x), X
         return x, {0: x}
@@ -208,188 +212,12 @@ class DWA(nn.Module):
             X[i] = x
         if not self.sources[i - 1]:
             return x
-        # A sum over many terms is kept in float32 at least, whatever the activations are.
+        # Y_i = sum over j of alpha[i, j] X_j, with the paper's row i in row i - 1 here. The sum is
+        # kept in float32 at least, whatever the activations are.
         dtype = torch.promote_types(x.dtype, torch.float32)
         alpha = self.alpha[i - 1].to(dtype)
         terms = [alpha[j] * X[j].to(dtype) for j in self.sources[i - 1]]
         return sum(terms[1:], terms[0]).to(x.dtype)
-
-
-# In-place DWA. A DWA does almost no arithmetic: its cost is memory traffic. Let an activation be
-# N = B T C numbers and count activations read or written, for 1x1 and L blocks. The formula reads
-# i + 1 of them for Y_i, about L^2/2 in all, and autograd's backward reads and rewrites several
-# times that, for row i adds its share to the gradient of every earlier X. Three ideas:
-#
-# 1. One buffer. Block i's output goes into row i of X, (L + 1, N), and Y_i is one product of a
-#    vector and a matrix, alpha[i, :i+1] @ X[:i+1]. (In memory the N numbers are cut into pages, and
-#    a page has its L + 1 rows together: a product then reads one region at a time, not L + 1.)
-#
-# 2. The backward of a DWA is a DWA in reverse. With G_m = dLoss/dY_m,
-#        dLoss/dX_j         = sum over m >= j of alpha[m, j] G_m
-#        dLoss/dalpha[m, j] = <G_m, X_j>
-#    When the backward pass comes to step j, it knows every G_m with m >= j. So keep the G and form
-#    each dX_j once.
-#
-# 3. Tiles. The alphas of later rows are known before the rows are needed. On entering a tile, the
-#    rows s..s+b-1, one matrix product alpha[s:s+b, :s] @ X[:s] brings all its rows up to X_{s-1},
-#    reading each old X once instead of b times; then each row adds its newest terms, b at most:
-#
-#             j = 0 . . . . . . . s . . . L
-#        i = 1    = =                           = = =  row by row, inside its tile
-#            .    = = =
-#            s    # # # # # # # # =             # # #  one product for the tile
-#            .    # # # # # # # # = =
-#
-#    Likewise in reverse for G, and dalpha is one product a tile. That makes L^2/(2b) + L b/2
-#    activations instead of L^2/2, least for b near sqrt(L). Once a tile's dalpha is formed nobody
-#    reads its X again, and its G take their place in the buffer.
-#
-# A DWA of dilation k is k dense ones, one for each residue r = j mod k. X is laid out residue by
-# residue, and below m counts along one of these chains: its X[m] is X_{r + m k}. What else a mask
-# lacks is a 0 in alpha: to pass over it hardly pays, for a tile reads an X if any row of it does.
-
-
-class InPlaceMemory:
-    """What one pass through the depth remembers: X on the way up, G on the way down."""
-
-    def __init__(self, dwa: DWA, x: Tensor):
-        L, N = len(dwa.sources), x.numel()
-        self.k = k = dwa.dilation
-        chains = [len(range(r, L + 1, k)) for r in range(k)]
-        few = N < 1 << 14  # numbers: then the count of operations matters, not the traffic
-        self.b = dwa.tile or (chains[0] if few else math.ceil(1.4 * math.sqrt(chains[0])))
-        # A sum of many terms is kept in float32 at least, whatever the activations are.
-        self.dtype = torch.promote_types(x.dtype, torch.float32)
-        alpha = torch.eye(L + 1, device=x.device, dtype=self.dtype)  # row i makes Y_i
-        self.trained = dwa.mask & dwa.mask.ne(alpha[1:].bool()).any(1, keepdim=True)
-        # A row with nothing but its diagonal is no DWA, and keeps the 1 there.
-        alpha[1:] = torch.where(self.trained, dwa.alpha.detach(), dwa.mask.to(self.dtype))
-        self.alphas = [alpha[r::k, r::k] for r in range(k)]
-        self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
-        # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
-        stored = self.dtype if x.device.type == "cpu" else x.dtype
-        # A page has the rows of up to 16 tokens: X is (pages, L + 1, c).
-        self.pages = N // (x.size(-1) * math.gcd(N // x.size(-1), 16))
-        self.X = x.new_empty(self.pages, L + 1, N // self.pages, dtype=stored).split(chains, 1)
-        # What the rows of a tile get from outside it, (pages, b, c), and the G of a tile.
-        self.tile, self.tile_G = [x.new_empty(0)] * k, [x.new_empty(0)] * k
-        # The steps that go backward, see down: the lowest, the one before this, the first.
-        self.lowest: int | None = None
-        self.last: int | None = None
-        self.top = L
-
-    def up(self, i: int, x: Tensor) -> Tensor:
-        """X_i -> Y_i."""
-        r, m = i % self.k, i // self.k
-        alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
-        X[:, m] = x.reshape(self.pages, -1)
-        if m == lo > 0:  # a new tile begins
-            self.tile[r] = weighted_sums(alpha[lo : lo + self.b, :lo], X[:, :lo])
-        if m == 0:
-            return x
-        ready = self.tile[r][:, m - lo : m - lo + 1] if lo else None
-        y = weighted_sums(alpha[m : m + 1, lo : m + 1], X[:, lo : m + 1], ready)
-        return y.view_as(x).to(x.dtype)
-
-    def down(self, i: int, G: Tensor) -> Tensor:
-        """G_i = dLoss/dY_i -> dLoss/dX_i; the steps come in falling order, each once."""
-        if self.last is None:
-            self.top = i  # above it no Y has a gradient
-        elif i != self.last - 1 or not self.X:
-            raise RuntimeError(
-                "the in-place DWA goes backward through a forward pass once, for it overwrites its "
-                "memory on the way; dwa_impl='naive' can do it more often"
-            )
-        self.last = i
-        r, m = i % self.k, i // self.k
-        alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
-        end = (self.top - r) // self.k + 1
-        hi = min(lo + self.b, end)
-        if m == hi - 1:  # a new tile begins; beyond it, X holds G by now
-            if hi < end:
-                self.tile[r] = weighted_sums(alpha[hi:end, lo:hi].T, X[:, hi:end])
-            if not self.tile_G[r].numel():
-                self.tile_G[r] = torch.empty_like(X[:, : self.b])
-        tile_G = self.tile_G[r][:, : hi - lo]
-        tile_G[:, m - lo] = G.reshape(self.pages, -1)
-        ready = self.tile[r][:, m - lo : m - lo + 1] if hi < end else None
-        dX = weighted_sums(alpha[m:hi, m : m + 1].T, tile_G[:, m - lo :], ready)
-        if m == lo:  # the tile is complete
-            if self.dalpha is not None:
-                self.dalpha[r :: self.k, r :: self.k][lo:hi, :hi] = dots(tile_G, X[:, :hi])
-            X[:, lo:hi] = tile_G
-        if i == self.lowest:  # nothing of it is needed again
-            self.X, self.tile, self.tile_G = (), [], []
-        return dX.view_as(G).to(G.dtype)
-
-    def alpha_gradient(self) -> Tensor:
-        """dLoss/dalpha, where there is an alpha."""
-        assert self.dalpha is not None
-        return self.dalpha[1:].masked_fill(~self.trained, 0)
-
-
-class InPlacePass:
-    """One pass through the depth, step by step; autograd sees InPlaceSteps in a chain.
-
-    The link that goes from each step to the next makes their backward come in falling order. The
-    link into step 0, which comes last, is alpha.
-    """
-
-    def __init__(self, dwa: DWA, x: Tensor):
-        # The memory must not know the link, which knows the memory: the two would never be freed.
-        self.memory, self.link = InPlaceMemory(dwa, x), dwa.alpha
-        # Autocast would round alpha to bfloat16.
-        cast = torch.is_autocast_enabled(x.device.type)
-        self.no_autocast = torch.autocast(x.device.type, enabled=False) if cast else nullcontext()
-
-    def step(self, i: int, x: Tensor) -> Tensor:
-        """X_i -> Y_i; the steps are i = 0..L in this order."""
-        with self.no_autocast:
-            if not torch.is_grad_enabled():
-                return self.memory.up(i, x)
-            if self.memory.lowest is None and (x.requires_grad or self.link.requires_grad):
-                self.memory.lowest = i
-            y, self.link = InPlaceStep.apply(x, self.link, i, self.memory)
-            return y
-
-
-class InPlaceStep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, link, i, memory):
-        ctx.i, ctx.memory = i, memory
-        return memory.up(i, x), link.new_empty(0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, G, dlink):
-        with torch.autocast(G.device.type, enabled=False):
-            dX = ctx.memory.down(ctx.i, G)
-        if ctx.i == 0 and ctx.memory.dalpha is not None:
-            dlink = ctx.memory.alpha_gradient().to(dlink.dtype)
-        return dX, dlink, None, None
-
-
-PIECE = 1 << 22  # numbers that a GPU converts at a time
-
-
-def weighted_sums(alpha: Tensor, X: Tensor, ready: Tensor | None = None) -> Tensor:
-    """alpha @ X + ready, of (a, s), (pages, s, c) and (pages, a, c), in the dtype of alpha."""
-    if X.dtype == alpha.dtype:
-        alpha = alpha.expand(len(X), -1, -1)
-        return torch.bmm(alpha, X) if ready is None else torch.baddbmm(ready, alpha, X)
-    n = max(1, PIECE // X[0].numel())
-    readies = [None] * len(X) if ready is None else ready.split(n)
-    pieces = zip(X.split(n), readies, strict=False)
-    return torch.cat([weighted_sums(alpha, x.to(alpha.dtype), r) for x, r in pieces])
-
-
-def dots(G: Tensor, X: Tensor) -> Tensor:
-    """<G_m, X_j>, of (pages, b, c) with (pages, s, c) -> (b, s), in float32 at least."""
-    dtype = torch.promote_types(X.dtype, torch.float32)
-    n = len(X) if X.dtype == dtype else max(1, PIECE // X[0].numel())
-    return sum(
-        (g.to(dtype) @ x.to(dtype).mT).sum(0) for g, x in zip(G.split(n), X.split(n), strict=True)
-    )
 
 
 # -----------------------------------------------------------------------------
@@ -588,7 +416,7 @@ class DenseFormer(nn.Module):
 
         x = self.drop(self.wte(idx))  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):
-            # The residual stream in bfloat16 too: it is what a DWA reads, so half the bytes.
+            # The residual stream in 16 bits too: it is what a DWA reads, so half the bytes.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x, X = self.dwa.start(x)  # Y_0 = X_0
         for i, block in enumerate(self.blocks, start=1):
@@ -657,8 +485,8 @@ class DenseFormer(nn.Module):
 
         Each token is drawn from softmax(logits / temperature), of which only the top_k most
         likely and the smallest set with probability top_p remain, where these are given;
-        temperature 0 takes the most likely one. Raises ValueError for an empty idx or for
-        settings out of range.
+        temperature 0 takes the most likely one. Raises ValueError, when the first token is asked
+        for, for an empty idx or for settings out of range.
         """
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"a prompt is (B, T) token ids, at least one; not {tuple(idx.shape)}")
@@ -672,7 +500,7 @@ class DenseFormer(nn.Module):
         self.eval()  # no dropout
         try:
             block_size = self.config.block_size
-            cache, new = None, idx[:, -block_size:]
+            cache = None
             for _ in range(max_new_tokens):
                 if cache is None or cache.length == block_size:
                     # Start, or the window is full and slides by one token. The old keys and values
@@ -719,3 +547,184 @@ def sample(
         before = probs.cumsum(dim=-1) - probs  # the probability of all that are more likely
         probs[before >= top_p] = 0  # multinomial rescales what is left
     return order.gather(1, torch.multinomial(probs, 1, generator=generator))
+
+
+# -----------------------------------------------------------------------------
+# In-place DWA
+#
+# A DWA does almost no arithmetic: its cost is memory traffic. Let an activation be
+# N = B T C numbers and count activations read or written, for 1x1 and L blocks. The formula reads
+# i + 1 of them for Y_i, about L^2/2 in all, and autograd's backward reads and rewrites several
+# times that, for row i adds its share to the gradient of every earlier X. Three ideas:
+#
+# 1. One buffer. Block i's output goes into row i of X, (L + 1, N), and Y_i is one product of a
+#    vector and a matrix, alpha[i, :i+1] @ X[:i+1]. (In memory the N numbers are cut into pages, and
+#    a page has its L + 1 rows together: a product then reads one region at a time, not L + 1.)
+#
+# 2. The backward of a DWA is a DWA in reverse. With G_m = dLoss/dY_m,
+#        dLoss/dX_j         = sum over m >= j of alpha[m, j] G_m
+#        dLoss/dalpha[m, j] = <G_m, X_j>
+#    When the backward pass comes to step j, it knows every G_m with m >= j. So keep the G and form
+#    each dX_j once.
+#
+# 3. Tiles. The alphas of later rows are known before the rows are needed. On entering a tile, the
+#    rows lo..lo+b-1, one matrix product alpha[lo:lo+b, :lo] @ X[:lo] brings all its rows up to
+#    X_{lo-1}, reading each old X once instead of b times; then each row adds its newest terms, b at
+#    most:
+#
+#             j = 0 . . . . . . . lo . . L
+#        i = 1    = =                           = = =  row by row, inside its tile
+#            .    = = =
+#            lo   # # # # # # # # =             # # #  one product for the tile
+#            .    # # # # # # # # = =
+#
+#    Likewise in reverse for G, and dalpha is one product a tile. That makes L^2/(2b) + L b/2
+#    activations instead of L^2/2, least for b near sqrt(L). Once a tile's dalpha is formed nobody
+#    reads its X again, and its G take their place in the buffer.
+#
+# A DWA of dilation k is k dense ones, one for each residue r = j mod k. X is laid out residue by
+# residue, and below m counts along one of these chains: its X[m] is X_{r + m k}. What else a mask
+# lacks is a 0 in alpha: to pass over it hardly pays, for a tile reads an X if one row of it does.
+
+
+class InPlaceMemory:
+    """What one pass through the depth remembers: X on the way up, G on the way down."""
+
+    def __init__(self, dwa: DWA, x: Tensor):
+        L, N = len(dwa.sources), x.numel()
+        self.k = k = dwa.dilation
+        chains = [len(range(r, L + 1, k)) for r in range(k)]
+        few = N < 1 << 14  # numbers: then the count of operations matters, not the traffic
+        # Near sqrt(L), and what was fastest of the sizes tried.
+        self.b = dwa.tile_rows or (chains[0] if few else math.ceil(1.4 * math.sqrt(chains[0])))
+        # Sums are in float32 at least, whatever the activations are. (On a GPU that may take
+        # TensorFloat32 for it, as train.py allows, alpha has 11 significant bits.)
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        alpha = torch.eye(L + 1, device=x.device, dtype=self.dtype)  # row i makes Y_i
+        alpha[1:] = dwa.alpha.detach()
+        self.alphas = [alpha[r::k, r::k] for r in range(k)]
+        self.mask = dwa.mask
+        self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
+        # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
+        stored = self.dtype if x.device.type == "cpu" else x.dtype
+        # A page has the rows of up to 16 tokens: X is (pages, L + 1, c).
+        self.pages = N // (x.size(-1) * math.gcd(N // x.size(-1), 16))
+        self.X = x.new_empty(self.pages, L + 1, N // self.pages, dtype=stored).split(chains, 1)
+        # What the rows of a tile get from outside it, (pages, b, c), and the G of a tile.
+        self.partial, self.tile_G = [x.new_empty(0)] * k, [x.new_empty(0)] * k
+        # The steps of the backward pass: where it began, where it is, and where it will end.
+        self.top = L
+        self.last: int | None = None
+        self.lowest: int | None = None
+
+    def up(self, i: int, x: Tensor) -> Tensor:
+        """X_i -> Y_i."""
+        r, m = i % self.k, i // self.k
+        alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
+        X[:, m] = x.reshape(self.pages, -1)
+        if m == lo > 0:  # a new tile begins
+            self.partial[r] = weighted_sums(alpha[lo : lo + self.b, :lo], X[:, :lo])
+        if m == 0:
+            return x
+        ready = self.partial[r][:, m - lo : m - lo + 1] if lo else None
+        y = weighted_sums(alpha[m : m + 1, lo : m + 1], X[:, lo : m + 1], ready)
+        return y.view_as(x).to(x.dtype)
+
+    def down(self, i: int, G: Tensor) -> Tensor:
+        """G_i = dLoss/dY_i -> dLoss/dX_i; the steps come in falling order, each once."""
+        if self.last is None:
+            self.top = i  # above it no Y has a gradient
+        elif i != self.last - 1 or not self.X:
+            raise RuntimeError(
+                "the in-place DWA goes backward through a forward pass once, for it overwrites its "
+                "memory on the way; dwa_impl='naive' can do it more often"
+            )
+        self.last = i
+        r, m = i % self.k, i // self.k
+        alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
+        end = (self.top - r) // self.k + 1
+        hi = min(lo + self.b, end)
+        if m == hi - 1:  # a new tile begins; beyond it, X holds G by now
+            if hi < end:
+                self.partial[r] = weighted_sums(alpha[hi:end, lo:hi].T, X[:, hi:end])
+            if not self.tile_G[r].numel():
+                self.tile_G[r] = torch.empty_like(X[:, : self.b])
+        tile_G = self.tile_G[r][:, : hi - lo]
+        tile_G[:, m - lo] = G.reshape(self.pages, -1)
+        ready = self.partial[r][:, m - lo : m - lo + 1] if hi < end else None
+        dX = weighted_sums(alpha[m:hi, m : m + 1].T, tile_G[:, m - lo :], ready)
+        if m == lo:  # the tile is complete
+            if self.dalpha is not None:
+                self.dalpha[r :: self.k, r :: self.k][lo:hi, :hi] = dots(tile_G, X[:, :hi])
+            X[:, lo:hi] = tile_G
+        if i == self.lowest:  # nothing of it is needed again
+            self.X, self.partial, self.tile_G = (), [], []
+        return dX.view_as(G).to(G.dtype)
+
+    def alpha_gradient(self) -> Tensor:
+        """dLoss/dalpha; 0 outside the mask, and where a diagonal is alone, which is no DWA."""
+        assert self.dalpha is not None
+        diagonal = torch.eye(len(self.dalpha), dtype=torch.bool, device=self.mask.device)[1:]
+        trained = self.mask & self.mask.ne(diagonal).any(1, keepdim=True)
+        return self.dalpha[1:].masked_fill(~trained, 0)
+
+
+class InPlacePass:
+    """One pass through the depth, step by step; autograd sees InPlaceSteps in a chain.
+
+    The link that goes from each step to the next makes their backward come in falling order. The
+    link into step 0, which comes last, is alpha.
+    """
+
+    def __init__(self, dwa: DWA, x: Tensor):
+        # The memory must not know the link, which knows the memory: the two would never be freed.
+        self.memory, self.link = InPlaceMemory(dwa, x), dwa.alpha
+
+    def step(self, i: int, x: Tensor) -> Tensor:
+        """X_i -> Y_i; the steps are i = 0..L in this order."""
+        with torch.autocast(x.device.type, enabled=False):  # it would round alpha to bfloat16
+            if not torch.is_grad_enabled():
+                return self.memory.up(i, x)
+            if self.memory.lowest is None and (x.requires_grad or self.link.requires_grad):
+                self.memory.lowest = i
+            y, self.link = InPlaceStep.apply(x, self.link, i, self.memory)
+            return y
+
+
+class InPlaceStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, link, i, memory):
+        ctx.i, ctx.memory = i, memory
+        return memory.up(i, x), link.new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, G, dlink):
+        with torch.autocast(G.device.type, enabled=False):
+            dX = ctx.memory.down(ctx.i, G)
+        if ctx.i == 0 and ctx.memory.dalpha is not None:
+            dlink = ctx.memory.alpha_gradient().to(dlink.dtype)
+        return dX, dlink, None, None
+
+
+PIECE = 1 << 22  # numbers that a GPU converts at a time
+
+
+def weighted_sums(alpha: Tensor, X: Tensor, ready: Tensor | None = None) -> Tensor:
+    """alpha @ X + ready, of (a, s), (pages, s, c) and (pages, a, c), in the dtype of alpha."""
+    if X.dtype == alpha.dtype:
+        alpha = alpha.expand(len(X), -1, -1)
+        return torch.bmm(alpha, X) if ready is None else torch.baddbmm(ready, alpha, X)
+    n = max(1, PIECE // X[0].numel())
+    readies = [None] * len(X) if ready is None else ready.split(n)
+    pieces = zip(X.split(n), readies, strict=False)
+    return torch.cat([weighted_sums(alpha, x.to(alpha.dtype), r) for x, r in pieces])
+
+
+def dots(G: Tensor, X: Tensor) -> Tensor:
+    """<G_m, X_j>, of (pages, b, c) with (pages, s, c) -> (b, s), in float32 at least."""
+    dtype = torch.promote_types(X.dtype, torch.float32)
+    n = len(X) if X.dtype == dtype else max(1, PIECE // X[0].numel())
+    return sum(
+        (g.to(dtype) @ x.to(dtype).mT).sum(0) for g, x in zip(G.split(n), X.split(n), strict=True)
+    )

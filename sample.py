@@ -24,12 +24,12 @@ class SampleConfig:
     out_dir: str = flag("out", "folder of the run")
     checkpoint: str = flag("best", "best or last", choices=("best", "last"))
     start: str | None = flag(None, "text to continue, or FILE:path (default: none)", type=str)
-    num_samples: int = flag(1, "how many", low=1)
+    num_samples: int = flag(1, "how many texts", low=1)
     max_new_tokens: int = flag(500, "length of each, in tokens", low=1)
     temperature: float = flag(0.8, "0 takes the likeliest token, 1 samples as learned", low=0.0)
     top_k: int | None = flag(None, "choose among this many likeliest tokens only", low=1, type=int)
     top_p: float | None = flag(
-        None, "choose among the fewest tokens of this probability in sum", low=0.0, type=float
+        None, "choose among the fewest tokens of this probability in sum", type=float
     )
     seed: int = flag(1337, "the same seed, the same text", low=0)
     device: str = flag("auto", "cuda, mps, cpu; auto takes the first of them that is here")

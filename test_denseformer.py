@@ -31,21 +31,21 @@ HERE = Path(__file__).parent
 PATTERNS = ["none", "1x1", "2x1", "4x1", "4x5", "3x2", "1x5", "12x1"]
 
 
-def tiny(dwa="1x1", n_layer=5, **flags):
+def tiny(dwa="1x1", n_layer=5, scale=1.0, **flags):
     """A small model in float64 with alphas far from the identity."""
     torch.manual_seed(0)
     shape = {"vocab_size": 17, "block_size": 8, "n_head": 2, "n_embd": 8}
     model = DenseFormer(DenseFormerConfig(**(shape | flags), n_layer=n_layer, dwa=dwa)).double()
-    randomise(model.dwa)
+    randomise(model.dwa, scale)
     return model
 
 
-def randomise(dwa):
+def randomise(dwa, scale=1.0):
     """Random values for the alphas that are trained, as they would be after training."""
     with torch.no_grad():
         for i, row in enumerate(dwa.mask.tolist(), start=1):
             if sum(row) > 1:  # else no DWA here
-                dwa.alpha[i - 1] = torch.randn(len(row)) * torch.tensor(row)
+                dwa.alpha[i - 1] = scale * torch.randn(len(row)) * torch.tensor(row)
 
 
 def terms(pattern, i):
@@ -90,10 +90,8 @@ def through_formula(pattern, alpha, x, weights):
 def test_dwa_is_the_formula_of_the_paper(pattern, n_layer, impl):
     dwa = DWA(DenseFormerConfig(n_layer=n_layer, dwa=pattern)).double()
     dwa.impl = "naive" if impl == "naive" else "inplace"
-    dwa.tile = int(impl) if impl.isdigit() else None
-    randomise(dwa)
-    with torch.no_grad():
-        dwa.alpha /= 1 + n_layer**0.5
+    dwa.tile_rows = int(impl) if impl.isdigit() else None
+    randomise(dwa, 1 / (1 + n_layer**0.5))
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(n_layer, 4, dtype=torch.float64, requires_grad=True)
     alpha = dwa.alpha.detach().clone().requires_grad_()
@@ -158,7 +156,7 @@ def test_any_mask_can_be_set():
     mask = torch.tensor([[0, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0]], dtype=torch.bool)
     dwa.set_mask(mask)
     assert dwa.num_params() == 3
-    assert dwa.alpha.tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert dwa.alpha.tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
     for wrong in (mask.T, torch.ones(3, 4).bool(), torch.zeros(3, 4).bool()):
         with pytest.raises(ValueError, match="mask"):
             dwa.set_mask(wrong)
@@ -308,12 +306,11 @@ def test_autocast_keeps_the_stream_in_bfloat16_and_alpha_in_float32():
 
 def twins(dwa="1x1", n_layer=9, tile=4, **flags):
     """Two models of the same weights, in-place and naive."""
-    ours, naive = tiny(dwa, n_layer, **flags), tiny(dwa, n_layer, **flags, dwa_impl="naive")
+    # With alphas of a third, or activations grow threefold a layer.
+    ours = tiny(dwa, n_layer, 1 / 3, **flags)
+    naive = tiny(dwa, n_layer, 1 / 3, **flags, dwa_impl="naive")
     naive.load_state_dict(ours.state_dict())
-    ours.dwa.tile = tile
-    with torch.no_grad():
-        for model in (ours, naive):
-            model.dwa.alpha /= 3  # or activations grow threefold a layer
+    ours.dwa.tile_rows = tile
     return ours, naive
 
 
@@ -340,7 +337,7 @@ HOLES = "3:0,2+4:1+5:0,1,2,3+6:2,6+7:0,1,4,5,6+8:1,3,5,6,7+9:0,1,5,7"  # rows wi
 @pytest.mark.parametrize("pattern", [*PATTERNS, "last2", "last3+9:2,5", HOLES])
 def test_inplace_is_naive(pattern):
     ours, naive = twins(pattern)
-    assert ours.dwa.dense == (pattern not in ("none", "4x1", "4x5", "3x2", "1x5", "12x1"))
+    assert ours.dwa.in_place_pays == (pattern not in ("none", "4x1", "4x5", "3x2", "1x5", "12x1"))
     idx = torch.randint(17, (1, 8))
     for model in (ours, naive):
         logits, loss = model(idx, idx)
@@ -427,7 +424,9 @@ def test_inplace_frees_its_memory(memories):
     (memory,) = [ref() for ref in memories]
     assert sum(X.numel() for X in memory.X) == 10 * 2 * 8 * 8  # (L + 1) activations
     loss.backward(retain_graph=True)
-    assert memory.X is memory.tile_G is memory.tile is None
+    assert not memory.X
+    assert not memory.tile_G
+    assert not memory.partial
     del logits, loss, memory
     ours(idx, idx)  # never goes backward
     ours.blocks[5].mlp.forward = lambda x: 1 / 0
@@ -442,7 +441,7 @@ def test_memory_is_one_buffer_and_two_tiles():
     weights = torch.ones(24, 128)
     for pattern in ("none", "1x1", "4x1"):
         dwa = DWA(DenseFormerConfig(n_layer=24, dwa=pattern))
-        dwa.tile = 3
+        dwa.tile_rows = 3
 
         def forward(dwa=dwa):
             return through_dwa(dwa, x, weights)[-1]
@@ -521,7 +520,7 @@ def test_inplace_under_autocast():
 def test_autocast_does_not_round_the_sums(impl):
     dwa = DWA(DenseFormerConfig(n_layer=9, dwa_impl=impl))
     randomise(dwa)
-    dwa.tile = 4
+    dwa.tile_rows = 4
     torch.manual_seed(0)
     xs = torch.randn(10, 2, 8, 16)
     results = []
@@ -595,10 +594,8 @@ def test_inplace_rounds_as_a_sum_in_float32_does(pattern, stored, monkeypatch):
     ):
         torch.manual_seed(0)
         dwa = DWA(DenseFormerConfig(n_layer=12, dwa=pattern, dwa_impl=impl))
-        randomise(dwa)
-        dwa.tile = 5
-        with torch.no_grad():
-            dwa.alpha /= 4
+        randomise(dwa, 1 / 4)
+        dwa.tile_rows = 5
         x0 = torch.randn(2, 32, 16).bfloat16().to(dtype).requires_grad_()
         (x, X), y = dwa.start(x0), []
         if impl == "inplace":

@@ -1,12 +1,12 @@
 """Train a DenseFormer.
 
-python train.py                            Tiny Shakespeare; a model that suits this machine
-python train.py --dataset my.txt           your own text
-python train.py --dwa 4x5 --out_dir out45  another sparsity pattern, kept elsewhere
-python train.py --dwa none                 the plain Transformer, to compare with
-python train.py --init_from out/best.pt --dwa 4x5 --out_dir out2   its weights, to train on
-python train.py --resume                   go on where a run was stopped
-torchrun --nproc_per_node 8 train.py       the same run on 8 GPUs
+python train.py                                      Tiny Shakespeare, for this machine
+python train.py --resume                             go on where a run was stopped
+python train.py --dataset my.txt --out_dir out-mine  your own text
+python train.py --dwa none --out_dir out-plain       the plain Transformer, to compare with
+python train.py --dwa 2x1 --out_dir out-2x1          another sparsity pattern
+python train.py --init_from out/best.pt --dwa 2x1 --out_dir out-more    from its weights on
+torchrun --nproc_per_node 8 train.py                 the same run on 8 GPUs
 """
 
 import contextlib
@@ -57,15 +57,15 @@ class TrainConfig:
     # input and output
     out_dir: str = flag("out", "folder for checkpoints, logs and the loss curve")
     dataset: str | None = flag(
-        None, "shakespeare, pydoc, openwebtext, or a path: of a UTF-8 text, a folder of .txt "
-        "files, a folder with nanoGPT's train.bin and val.bin "
+        None, "shakespeare, pydoc, openwebtext, or a path: a UTF-8 text, a folder of .txt files, "
+        "or a folder with nanoGPT's train.bin and val.bin "
         "(default: shakespeare, or pydoc where it cannot be downloaded)", type=str,
     )  # fmt: skip
     tokenizer: str | None = flag(
         None, "char, byte or gpt2 (default: gpt2 for openwebtext; of another text char where it "
         "has at most 256 different ones, else byte)", choices=("char", "byte", "gpt2"), type=str,
     )  # fmt: skip
-    shards: int = flag(1, "of openwebtext's 80, each of some 113 million tokens", low=1)
+    shards: int = flag(1, "how many of openwebtext's 80, each some 113 million tokens", low=1)
     preset: str = flag(
         "auto", "auto is what suits the device, cpu or gpu; see below",
         choices=("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small"),
@@ -88,8 +88,11 @@ class TrainConfig:
         "and the embedding; connect-to-last; rows as in 8:0,4,8; joined by + as in last2+12x1; "
         "or none"
     )  # fmt: skip
-    dwa_impl: str = flag("inplace", "or naive, the formula itself", choices=("inplace", "naive"))
-    dwa_start_iter: int = flag(0, "step up to which there are no DWAs yet", low=0)
+    dwa_impl: str = flag(
+        "inplace", "inplace is the fast way, naive the formula itself: the same result",
+        choices=("inplace", "naive"),
+    )  # fmt: skip
+    dwa_start_iter: int = flag(0, "step at which the DWAs begin; before, none", low=0)
     skip_gains: bool = flag(False, "a learned scale on each skip connection")
     # optimization
     max_iters: int = flag(1000, "steps of the optimizer", low=1)
@@ -101,17 +104,19 @@ class TrainConfig:
     optimizer: str = flag(
         "muon", "muon leaves embedding, norms, alphas to adamw", choices=("adamw", "muon")
     )
-    learning_rate: float = flag(1.5e-2, "at its highest", low=0.0)
-    min_lr: float = flag(0.0, "at the end", low=0.0)
+    learning_rate: float = flag(1.5e-2, "highest learning rate", low=0.0)
+    min_lr: float = flag(0.0, "learning rate at the end", low=0.0)
     warmup_iters: int = flag(60, "steps of rising learning rate; then it falls as a cosine", low=0)
     weight_decay: float = flag(0.3, "of matrices and embedding; the alphas have none", low=0.0)
     beta1: float = flag(0.9, "AdamW's decay of the gradient's mean", low=0.0)
-    beta2: float = flag(0.95, "AdamW's decay of its square's mean", low=0.0)
+    beta2: float = flag(0.95, "AdamW's decay of the squared gradient's mean", low=0.0)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 does not clip", low=0.0)
     # evaluation and logs
     eval_interval: int = flag(250, "steps from one validation and checkpoint to the next", low=1)
     eval_iters: int = flag(
-        200, "batch_size sequences of a validation at most; a smaller split is used whole", low=1
+        200,
+        "times batch_size sequences at most in a validation; a smaller split is read whole",
+        low=1,
     )
     log_interval: int = flag(20, "steps from one log line to the next", low=1)
     # system
@@ -128,7 +133,11 @@ class TrainConfig:
             if getattr(self, name) >= 1:
                 raise ValueError(f"--{name} must be below 1, not {getattr(self, name)}")
         if self.min_lr > self.learning_rate:
-            raise ValueError(f"--min_lr is above --learning_rate {self.learning_rate}")
+            raise ValueError(f"--min_lr {self.min_lr} (a preset's, unless you gave it) is above "
+                             f"--learning_rate {self.learning_rate}")  # fmt: skip
+        if self.dtype == "float16" and self.optimizer == "muon":
+            raise ValueError("--dtype float16 needs --optimizer adamw: its gradients are scaled, "
+                             "for one optimizer")  # fmt: skip
 
 
 # The setting of the paper's experiments; the learning rate's end is nanoGPT's.
@@ -177,6 +186,8 @@ class Ranks:
         self.rank, self.n = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
         if self.n > 1:
+            if torch.cuda.is_available() and self.local < torch.cuda.device_count():
+                torch.cuda.set_device(self.local)
             distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl() else "gloo")
             # What rank 0 does alone, such as a download, may take long.
             self.patient = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
@@ -203,22 +214,31 @@ class Ranks:
             return device
         if self.local >= torch.cuda.device_count():
             raise Stop(f"torchrun: more processes than the {torch.cuda.device_count()} GPUs here")
-        torch.cuda.set_device(self.local)
         return torch.device("cuda", self.local)
 
     def parallel(self, model):
         """The model, with gradients that are averaged over the ranks."""
         if self.n == 1:
             return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # Some masks leave out a whole block: nobody reads its output.
+        sources = enumerate(model.dwa.sources, start=1)
+        unread = any(row and i not in model.dwa.needed for i, row in sources)
+        return DistributedDataParallel(
+            model, gradient_as_bucket_view=True, broadcast_buffers=False,
+            find_unused_parameters=unread,
+        )  # fmt: skip
+
+    def most(self, number):
+        """The largest of the ranks' numbers, an int."""
+        if self.n == 1:
+            return number
+        largest = torch.tensor(number)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        return largest.item()
 
     def any(self, flag):
         """Whether `flag` is true in any rank."""
-        if self.n == 1:
-            return bool(flag)
-        found = torch.tensor(bool(flag), dtype=torch.int32)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return bool(found)
+        return bool(self.most(int(bool(flag))))
 
     def sum(self, tensor):
         """The sum of the ranks' tensors, in place."""
@@ -261,8 +281,8 @@ def get_batch(dataset, config, step, ranks, parts, device):
 def evaluate(model, tokens, config, ranks, B, device, autocast, stop):
     """Mean loss on a split, the same tokens every time; None if `stop` interrupts it.
 
-    That is each token once, or of a split of more than eval_iters batches so many of its windows.
-    B windows go through the model at once.
+    Each token counts once; of a split of more than eval_iters batches, only that many evenly
+    spaced windows. B windows go through the model at once.
     """
     starts = side_by_side(tokens, config.block_size, config.eval_iters * config.batch_size)
     total = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, the number of tokens
@@ -298,6 +318,8 @@ def compile_model(model, batch, autocast):
     try:
         with autocast:
             model(*batch)[1].backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         torch.compiler.set_stance("force_eager")
         print(f"going on without torch.compile, which fails here: {first_line(error)}", flush=True)
@@ -327,15 +349,15 @@ def read_settings(argv, stack):
     given = parser.given(argv)
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     last = out_dir / "last.pt"
-    checkpoint, base = None, {}
+    checkpoint, base, step = None, {}, 0
     try:
-        device = find_device(given.get("device", TrainConfig.device))
         if given.get("resume"):
             if given.get("overwrite"):
                 parser.error("--resume and --overwrite contradict each other")
             checkpoint = load_checkpoint(last)
             with understood(last):
                 begun = asdict(TrainConfig(**checkpoint["train_config"]))
+                step = int(checkpoint["step"])
             base = begun | {"out_dir": str(out_dir)}
             for name in FIXED:
                 if given.get(name, base[name]) != base[name]:
@@ -343,8 +365,6 @@ def read_settings(argv, stack):
                         f"--{name} {given[name]}: the run in {out_dir} was begun with "
                         f"{base[name]}, and a resumed run cannot change it"
                     )
-            # Where it runs is asked anew: it may be another machine.
-            base |= {name: getattr(TrainConfig, name) for name in ("device", "dtype", "compile")}
         elif last.exists() and not given.get("overwrite"):
             raise Stop(
                 f"{out_dir} holds a run already: go on with it (--resume), replace it "
@@ -353,6 +373,7 @@ def read_settings(argv, stack):
         else:
             preset = given.get("preset", "auto")
             if preset == "auto":
+                device = find_device(given.get("device", TrainConfig.device))
                 preset = "cpu" if device.type == "cpu" else "gpu"
             base = PRESETS[preset] | {"preset": preset}
             given.pop("preset", None)
@@ -367,7 +388,15 @@ def read_settings(argv, stack):
                         parser.error(f"--{name} {given[name]}: {given['init_from']} has "
                                      f"{other[name]}")  # fmt: skip
         config = TrainConfig(**(base | given))
-        DenseFormerConfig(**model_flags(config), vocab_size=1)  # to find fault before the download
+        # To find fault before the download.
+        find_device(config.device)
+        model_config = DenseFormerConfig(**model_flags(config), vocab_size=1)
+        if config.dwa != "none" and not DWA(model_config).num_params():
+            raise ValueError(f"--dwa {config.dwa} has no DWA in {config.n_layer} blocks: take more "
+                             f"blocks, or --dwa none for the plain Transformer")  # fmt: skip
+        if step > config.max_iters:
+            raise ValueError(f"--max_iters {config.max_iters}: the run in {out_dir} is at step "
+                             f"{step:,} already")  # fmt: skip
         n = int(os.environ.get("WORLD_SIZE", 1))
         if config.batch_size % n:
             raise ValueError(
@@ -436,7 +465,7 @@ def plan(model, dataset, config, ranks, parts, dtype, device):
 
 def open_log(path, step):
     """log.jsonl, to append to; what a crashed run wrote beyond the checkpoint's step is dropped."""
-    lines = path.read_text().splitlines() if step else []
+    lines = path.read_text().splitlines() if step and path.exists() else []
     kept = []
     for line in lines:
         with contextlib.suppress(ValueError):  # a line that a crash cut short
@@ -476,8 +505,10 @@ def run(ranks, config, checkpoint):
     """Train from the beginning or the checkpoint on; returns the exit status."""
     device = ranks.device(find_device(config.device))
     # Rank 0 settles which data it is and gets it; another machine then gets its own copy.
-    config.dataset = ranks.first(lambda: load_data(config).name)  # nor shall a resumed run choose
+    # It is stored by name: a resumed run does not choose between shakespeare and pydoc again.
+    config.dataset = ranks.first(lambda: load_data(config).name)
     dataset = load_data(config)
+    config.tokenizer = dataset.tokenizer.state()["kind"]
     ranks.wait()
     out_dir = Path(config.out_dir)
     where = "" if config.out_dir == TrainConfig.out_dir else f" --out_dir {out_dir}"
@@ -494,7 +525,7 @@ def run(ranks, config, checkpoint):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     share = config.batch_size // ranks.n  # sequences of a step
     parts = config.gradient_accumulation_steps or find_parts(model, share, dtype, device)
-    parts = min(parts, share)
+    parts = ranks.most(min(parts, share))
     B = math.ceil(share / parts)  # sequences that go through the model at once
     step_tokens = config.batch_size * config.block_size
     print(plan(model, dataset, config, ranks, parts, dtype, device), flush=True)
@@ -509,8 +540,11 @@ def run(ranks, config, checkpoint):
                 raise Stop(f"{dataset.name} is not the data that the run in {out_dir} began with")
             model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            scaler.load_state_dict(checkpoint["scaler"])
+                # What it remembers; weight decay and betas are those of this run's flags.
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict(state | {"param_groups": groups})
+            if checkpoint["scaler"]:
+                scaler.load_state_dict(checkpoint["scaler"])
             step, best = int(checkpoint["step"]), float(checkpoint["best"])
         print(f"going on from step {step:,}", flush=True)
     if step < config.dwa_start_iter:
@@ -595,9 +629,10 @@ def run(ranks, config, checkpoint):
         loss = torch.zeros((), device=device)
         for part, (x, y) in enumerate(batches, start=1):
             # Gradients are averaged over the GPUs once, after the last part.
-            last = ranks.n == 1 or part == len(batches)
-            with contextlib.nullcontext() if last else ddp.no_sync():
+            average = ranks.n == 1 or part == len(batches)
+            with contextlib.nullcontext() if average else ddp.no_sync():
                 with autocast:
+                    # A part counts as much as it has sequences; rows of y = -1 only fill it up.
                     part_loss = ddp(x, y)[1] * ((y[:, 0] >= 0).sum() / share)
                 scaler.scale(part_loss).backward()
             loss += part_loss.detach()
@@ -637,7 +672,7 @@ def run(ranks, config, checkpoint):
     bar.close()
     if log:
         log.close()
-    if step < config.max_iters:
+    if step < config.max_iters or val_loss is None:
         save("last.pt")
         print(f"\nstopped at step {step:,} and saved; to go on: python train.py --resume{where}")
         ranks.leave()

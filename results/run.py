@@ -5,10 +5,9 @@ python results/run.py --name books --dataset FOLDER --train=--tokenizer=byte
 python results/run.py --name gpu --dataset FOLDER --jobs 1 --variants "plain,1x1,4x5,plain deeper" \
     --train="--preset=gpu --n_layer=48 --n_embd=768 --n_head=12 --dtype=bfloat16 --compile=True"
 
-Trains every variant with train.py on several seeds, after a sweep of the learning rate for the
-plain Transformer, for the deeper one and for 1x1 (variants of the same depth without DWA get the
-rate that is best for the first, those with DWA that of the last). Models of one depth and seed
-begin with the same weights and see the same batches, so their losses are compared seed by seed.
+Trains every variant with train.py on several seeds, each at the learning rate that is the best for
+it on the first seed, of all that were tried. Models of one depth and seed begin with the same
+weights and see the same batches, so their losses are compared seed by seed.
 The losses are of the whole validation split at the end of the run. What was done is kept in
 results/NAME.json, so that the script can be stopped and goes on; the result is results/NAME.md and
 results/NAME.png.
@@ -21,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class RunConfig:
     dataset: str = flag("shakespeare", "as for train.py")
     variants: str = flag("all", "names from the table, with commas between")
     seeds: str = flag("1,2,3", "with commas between")
-    sweep: str = flag("2e-3,4e-3,8e-3,1.6e-2", "learning rates to try, on the first seed")
+    sweep: str = flag("8e-3,1.6e-2", "learning rates to try for each variant, on the first seed")
     warmup: int = flag(10, "one part in this many of the steps is warm-up", low=1)
     jobs: int = flag(os.cpu_count() or 1, "trainings at a time; they share the cores", low=1)
     out_dir: str = flag("out-results", "folder for the runs")
@@ -65,9 +65,7 @@ VARIANTS = {
     "connect-to-last": {"dwa": "connect-to-last"},
     "last2+12x1": {"dwa": "last2+12x1"},
     "pruned as 4x1": {"dwa": "pruned as 4x1"},
-    "pruned as 4x5": {"dwa": "pruned as 4x5"},
     "1x1 from 1/4 on": {"dwa": "1x1", "late": 0.25},
-    "1x1 from 1/2 on": {"dwa": "1x1", "late": 0.5},
     "plain deeper": {"dwa": "none", "deeper": 1.5},
 }
 
@@ -97,17 +95,29 @@ class Runs:
 
     def folder(self, flags):
         """Where the run with these flags is."""
-        name = "-".join(f"{flags[k]}" for k in ("dwa", "n_layer", "seed", "learning_rate"))
-        name += f"-{flags['max_iters']}" + ("-gains" if flags.get("skip_gains") else "")
-        name += f"-from-{flags['dwa_start_iter']}" if "dwa_start_iter" in flags else ""
-        return Path(self.config.out_dir).absolute() / self.config.name / slug(name)
+        words = command_line(flags)
+        name = f"{flags['dwa'][:20]}-{flags['n_layer']}-{flags['seed']}-{flags['learning_rate']}"
+        name = re.sub(r"[^\w.-]+", "-", name) + f"-{zlib.crc32(' '.join(words).encode()):08x}"
+        return Path(self.config.out_dir).absolute() / self.config.name / name
+
+    def tried(self, variant, seed):
+        """{learning rate: loss} of the trainings of this variant and seed that are done."""
+        rates = {float(re.search(r"--learning_rate=(\S+)", key)[1]) for key in self.done}
+        keys = {rate: " ".join(command_line(self.flags(variant, seed, rate))) for rate in rates}
+        return {rate: self.done[key] for rate, key in sorted(keys.items()) if key in self.done}
+
+    def best(self, variant, seed, rates=()):
+        """The learning rate that is the best for it, of `rates` and of those that were tried."""
+        self.train([self.flags(variant, seed, rate) for rate in rates])
+        losses = self.tried(variant, seed)
+        return min(losses, key=losses.get)
 
     def train(self, todo):
         """The validation losses of runs, `jobs` at a time."""
         threads = str(max(1, os.cpu_count() // self.config.jobs))
 
         def run(flags):
-            words = [f"--{name}={value}" for name, value in flags.items()]
+            words = command_line(flags)
             key = " ".join(words)
             if key not in self.done:
                 folder = self.folder(flags)
@@ -130,16 +140,8 @@ class Runs:
             return list(pool.map(run, todo))
 
 
-def slug(text):
-    """Text as part of a file name."""
-    return re.sub(r"[^\w.-]+", "-", text)[:80]
-
-
-def sweep(runs, names, rates, seed):
-    """The losses of each of these variants at each rate: {variant: {rate: loss}}."""
-    todo = [runs.flags(VARIANTS[name], seed, rate) for name in names for rate in rates]
-    losses = iter(runs.train(todo))
-    return {name: {rate: next(losses) for rate in rates} for name in names}
+def command_line(flags):
+    return [f"--{name}={value}" for name, value in flags.items()]
 
 
 def prune_like(runs, pattern, rate, seed):
@@ -227,22 +229,17 @@ def main(argv=None):
     seeds = [int(seed) for seed in config.seeds.split(",")]
     runs = Runs(config)
 
-    swept = [name for name in ("plain", "1x1", "plain deeper") if name in {"plain", "1x1", *names}]
-    losses = sweep(runs, swept, [float(rate) for rate in config.sweep.split(",")], seeds[0])
-    best = {name: min(by_rate, key=by_rate.get) for name, by_rate in losses.items()}
-    variants = {}
+    rates = [float(rate) for rate in config.sweep.split(",")]
+    variants = {name: dict(VARIANTS[name]) for name in names}
     for name in names:
-        variants[name] = dict(VARIANTS[name])
         if name.startswith("pruned as "):
             pattern = name.removeprefix("pruned as ")
-            variants[name]["dwa"] = prune_like(runs, pattern, best["1x1"], seeds[0] + 1000)
+            rate = runs.best(VARIANTS["1x1"], seeds[0], rates)
+            variants[name]["dwa"] = prune_like(runs, pattern, rate, seeds[0] + 1000)
+    runs.train([runs.flags(v, seeds[0], rate) for v in variants.values() for rate in rates])
+    best = {name: runs.best(variant, seeds[0]) for name, variant in variants.items()}
     todo = {
-        name: [
-            runs.flags(
-                variant, seed, best.get(name, best["1x1" if variant["dwa"] != "none" else "plain"])
-            )
-            for seed in seeds
-        ]
+        name: [runs.flags(variant, seed, best[name]) for seed in seeds]
         for name, variant in variants.items()
     }
     # By seeds, so that what there is when it is stopped is something of everything.
@@ -257,10 +254,11 @@ def main(argv=None):
             "alphas": models[name].dwa.num_params(), "sparsity": models[name].dwa.sparsity(),
             "losses": runs.train(flags), "time": ratio(times, name),
         }  # fmt: skip
-    report(rows, losses, runs, config, variants)
+    tried = {name: runs.tried(variant, seeds[0]) for name, variant in variants.items()}
+    report(rows, tried, runs, config, variants)
 
 
-def report(rows, losses, runs, config, variants):
+def report(rows, tried, runs, config, variants):
     """results/NAME.md and results/NAME.png."""
     text = [
         f"Made by `{' '.join(['python results/run.py', *map(quoted, sys.argv[1:])])}`",
@@ -279,11 +277,13 @@ def report(rows, losses, runs, config, variants):
             f"| {name} | {row['blocks']} | {row['parameters']:,} | {alphas} | "
             f"{mean:.4f} ± {error:.4f} | {less} | {row['time']:.3f} |"
         )
-    text.append("\nLearning rates, on the first seed:\n")
-    text.append("| | " + " | ".join(f"{rate:g}" for rate in losses["plain"]) + " |")
-    text.append("|---" * (len(losses["plain"]) + 1) + "|")
-    for name, by_rate in losses.items():
-        text.append(f"| {name} | " + " | ".join(f"{loss:.4f}" for loss in by_rate.values()) + " |")
+    rates = sorted(set().union(*tried.values()))
+    text.append("\nLearning rates tried, on the first seed:\n")
+    text.append("| | " + " | ".join(f"{rate:g}" for rate in rates) + " |")
+    text.append("|---" * (len(rates) + 1) + "|")
+    for name, losses in tried.items():
+        cells = [f"{losses[rate]:.4f}" if rate in losses else "" for rate in rates]
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
     for name, variant in variants.items():
         if name.startswith("pruned"):
             text.append(f"\n{name}: `--dwa {variant['dwa']}`")

@@ -169,7 +169,8 @@ def test_a_folder_is_for_one_run_at_a_time(text, tmp_path, ends):
         survived("a second run into one folder")
     first.end(signal.SIGKILL)
     # It is free again, whatever its end was.
-    assert train.main(["--resume", f"--out_dir={tmp_path}/out", "--max_iters=1"]) == 0
+    step = common.load_checkpoint(tmp_path / "out" / "last.pt")["step"]
+    assert train.main(["--resume", f"--out_dir={tmp_path}/out", f"--max_iters={step + 1}"]) == 0
 
 
 # -----------------------------------------------------------------------------
@@ -501,6 +502,8 @@ CONTRADICTIONS = [
     ("train", ["--dwa=last0"], "dwa"),
     ("train", ["--dwa=9:0,9"], "dwa"),
     ("train", ["--dwa=1x1+"], "dwa"),
+    ("train", ["--dwa=4x5", "--n_layer=3"], "--dwa"),
+    ("train", ["--dtype=float16", "--optimizer=muon"], "--dtype"),
     ("train", ["--device=abacus"], "--device"),
     ("sample", ["--device=cuda:99"], "--device"),
     ("sample", ["--top_p=0"], "--top_p"),
@@ -538,6 +541,7 @@ def test_a_run_that_blows_up_ends_and_its_last_good_model_writes(
 ):
     out = tmp_path / "out"
     wild = SMALL | {"learning_rate": rate, "dtype": dtype, "max_iters": 400, "warmup_iters": 5}
+    wild |= {"optimizer": "adamw" if dtype == "float16" else "muon"}
     status, words = ends("train", *flags(**wild, dataset=text, out_dir=out))
     if status == 0:  # it may also get through: then what it saved is finite
         assert rate == 1

@@ -144,6 +144,48 @@ def test_resumed_is_uninterrupted(text, tmp_path):
     assert losses(parts) == losses(whole)
 
 
+def test_what_a_resumed_run_takes_from_its_flags(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    same = flags(**SMALL | {"max_iters": 6, "eval_interval": 3}, dataset=text, out_dir=out)
+    assert train.main([*same, "--dtype=float32", "--weight_decay=0.3"]) == 0
+    again = ["--resume", f"--out_dir={out}"]
+    with pytest.raises(SystemExit) as stop:  # there is nothing left to do in this direction
+        train.main([*again, "--max_iters=5"])
+    assert stop.value.code == 2
+    assert "is at step 6 already" in capsys.readouterr().err
+    (out / "log.jsonl").unlink()  # only the checkpoint was copied to another machine
+    assert train.main([*again, "--max_iters=7", "--weight_decay=0.5", "--beta2=0.5"]) == 0
+    assert "in float32" in capsys.readouterr().out
+    groups = [g for o in common.load_checkpoint(out / "last.pt")["optimizers"]
+              for g in o["param_groups"]]  # fmt: skip
+    assert {g["weight_decay"] for g in groups} == {0.5, 0.0}
+    assert {g["betas"][1] for g in groups if "betas" in g} == {0.5}
+    # To float16, which scales its gradients, and back.
+    new = [*flags(**SMALL | {"max_iters": 3}, dataset=text, out_dir=tmp_path / "b"), "--dwa=none"]
+    assert train.main([*new, "--optimizer=adamw"]) == 0
+    for n, dtype in ((4, "float16"), (5, "float32")):
+        again = ["--resume", f"--out_dir={tmp_path}/b", f"--max_iters={n}", f"--dtype={dtype}"]
+        assert train.main(again) == 0
+
+
+def test_a_signal_in_the_last_validation_loses_nothing(text, tmp_path, monkeypatch, capsys):
+    real, calls = train.evaluate, []
+
+    def evaluate(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    same = flags(**SMALL | {"max_iters": 6, "eval_interval": 99}, dataset=text)
+    assert train.main([*same, f"--out_dir={tmp_path}/out"]) == 128 + signal.SIGINT
+    assert "to go on" in capsys.readouterr().out
+    assert common.load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 6
+    assert train.main(["--resume", f"--out_dir={tmp_path}/out"]) == 0
+    assert losses(tmp_path / "out")[-1][2]
+
+
 def torchrun(n, *args):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
     command += ["--standalone", str(HERE / "train.py"), *args]
