@@ -11,6 +11,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from bench import machine  # noqa: E402
+from common import find_device  # noqa: E402
 
 VARIANTS = [
     ("as it is", ""),
@@ -49,10 +53,10 @@ def main():
         rows.append(f"| {name} | {flags} | {steps:,} | {seconds:.0f} | {loss:.3f} |")
         print(rows[-1], flush=True)
     text = (
-        "Made by `python results/recipe.py` on 2 cores of an AMD EPYC (Zen 4) virtual machine, "
-        "torch 2.13:\nTiny Shakespeare, `python train.py` and one choice changed, with the steps "
-        "set so that each takes\nabout as long. Seconds are of the whole command. One seed each: "
-        "differences below 0.01 say nothing.\n\n"
+        f"Made by `python results/recipe.py` on {machine(find_device('auto'))}:\n"
+        "Tiny Shakespeare, `python train.py` and one choice changed, with the steps set so that "
+        "each takes\nabout as long. Seconds are of the whole command. One seed each: differences "
+        "below 0.01 say nothing.\n\n"
         "| | flags | steps | seconds | validation loss |\n|---|---|---|---|---|\n"
     )
     (HERE / "recipe.md").write_text(text + "\n".join(rows) + "\n")
