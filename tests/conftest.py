@@ -1,9 +1,8 @@
 """What every test of the data and of the scripts begins with."""
 
-import numpy as np
 import pytest
 
-from tests.helpers import FAULTS
+from tests.helpers import FAULTS, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -13,10 +12,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def text(tmp_path):
-    file = tmp_path / "my.txt"
-    words = np.random.default_rng(0).choice(["to ", "be ", "or ", "not\n", "that "], 2000)
-    file.write_text("".join(words))
-    return str(file)
+    return write_text(tmp_path / "my.txt")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -6,6 +6,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 import common
 
 HERE = Path(__file__).parent.parent
@@ -14,6 +16,13 @@ SMALL = {
     "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "device": "cpu",
     "max_iters": 40, "eval_interval": 10, "log_interval": 5, "learning_rate": 3e-3,
 }  # fmt: skip
+
+
+def write_text(file):
+    """A text to train on; returns its path."""
+    words = np.random.default_rng(0).choice(["to ", "be ", "or ", "not\n", "that "], 2000)
+    file.write_text("".join(words))
+    return str(file)
 
 
 def flags(**settings):

@@ -28,7 +28,7 @@ import sample
 import train
 from data import shards
 from data.tokenizer import ByteTokenizer, DataError
-from tests.helpers import HERE, SMALL, flags, script, survived, weights
+from tests.helpers import HERE, SMALL, flags, script, survived, weights, write_text
 
 SCRIPTS = {"train": train, "sample": sample, "analyze": analyze, "bench": bench}
 slow = pytest.mark.slow
@@ -98,12 +98,14 @@ class Begun:
 SAVING = SMALL | {"max_iters": 400, "eval_interval": 2, "eval_iters": 1, "log_interval": 1}
 
 
-@pytest.fixture
-def uninterrupted(text, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    same = flags(**SAVING, dataset=text)
-    assert script("train.py", *same, f"--out_dir={tmp_path}/whole").returncode == 0
-    return same, weights(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The flags of a run, and the weights that it ends with."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    same = flags(**SAVING, dataset=write_text(folder / "my.txt"))
+    status, words = Begun(folder / "log", *same, f"--out_dir={folder}/out").end()
+    assert status == 0, words
+    return same, weights(folder / "out")
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=slow)])
