@@ -135,6 +135,8 @@ class TrainConfig:
         if self.min_lr > self.learning_rate:
             raise ValueError(f"--min_lr {self.min_lr} (a preset's, unless you gave it) is above "
                              f"--learning_rate {self.learning_rate}")  # fmt: skip
+        if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"--optimizer muon needs torch 2.9; this is {torch.__version__}")
         if self.dtype == "float16" and self.optimizer == "muon":
             raise ValueError("--dtype float16 needs --optimizer adamw: its gradients are scaled, "
                              "for one optimizer")  # fmt: skip
