@@ -32,7 +32,8 @@ def start(main: Callable[[], int | None]) -> NoReturn:
     except (Stop, DataError) as error:
         sys.exit(f"{name}: {error}")
     except torch.OutOfMemoryError:
-        sys.exit(f"{name}: out of memory; smaller batches take less of it")
+        sys.exit(f"{name}: out of memory; smaller batches take less, and in train.py more "
+                 f"--gradient_accumulation_steps make the same step of less")  # fmt: skip
     except BrokenPipeError:  # whoever read the output has read enough
         sys.stderr.close()
         sys.exit(1)

@@ -25,6 +25,7 @@ In the comments B is sequences, T tokens, C channels (n_embd), V vocabulary, L b
 import math
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -679,10 +680,14 @@ class InPlacePass:
     def __init__(self, dwa: DWA, x: Tensor):
         # The memory must not know the link, which knows the memory: the two would never be freed.
         self.memory, self.link = InPlaceMemory(dwa, x), dwa.alpha
+        # Autocast would round alpha to bfloat16. To switch it off takes time, at every step of
+        # every decoded token, so only where it is on.
+        cast = torch.is_autocast_enabled(x.device.type)
+        self.no_autocast = torch.autocast(x.device.type, enabled=False) if cast else nullcontext()
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """X_i -> Y_i; the steps are i = 0..L in this order."""
-        with torch.autocast(x.device.type, enabled=False):  # it would round alpha to bfloat16
+        with self.no_autocast:
             if not torch.is_grad_enabled():
                 return self.memory.up(i, x)
             if self.memory.lowest is None and (x.requires_grad or self.link.requires_grad):

@@ -95,16 +95,15 @@ class Runs:
 
     def folder(self, flags):
         """Where the run with these flags is."""
-        words = command_line(flags)
         name = f"{flags['dwa'][:20]}-{flags['n_layer']}-{flags['seed']}-{flags['learning_rate']}"
-        name = re.sub(r"[^\w.-]+", "-", name) + f"-{zlib.crc32(' '.join(words).encode()):08x}"
+        name = re.sub(r"[^\w.-]+", "-", name) + f"-{zlib.crc32(key(flags).encode()):08x}"
         return Path(self.config.out_dir).absolute() / self.config.name / name
 
     def tried(self, variant, seed):
         """{learning rate: loss} of the trainings of this variant and seed that are done."""
-        rates = {float(re.search(r"--learning_rate=(\S+)", key)[1]) for key in self.done}
-        keys = {rate: " ".join(command_line(self.flags(variant, seed, rate))) for rate in rates}
-        return {rate: self.done[key] for rate, key in sorted(keys.items()) if key in self.done}
+        rates = {float(re.search(r"--learning_rate=(\S+)", k)[1]) for k in self.done}
+        keys = {rate: key(self.flags(variant, seed, rate)) for rate in sorted(rates)}
+        return {rate: self.done[k] for rate, k in keys.items() if k in self.done}
 
     def best(self, variant, seed, rates=()):
         """The learning rate that is the best for it, of `rates` and of those that were tried."""
@@ -117,11 +116,15 @@ class Runs:
         threads = str(max(1, os.cpu_count() // self.config.jobs))
 
         def run(flags):
-            words = command_line(flags)
-            key = " ".join(words)
-            if key not in self.done:
+            if key(flags) not in self.done:
                 folder = self.folder(flags)
-                command = [sys.executable, "train.py", *words, "--overwrite", f"--out_dir={folder}"]
+                command = [
+                    sys.executable,
+                    "train.py",
+                    *command_line(flags),
+                    "--overwrite",
+                    f"--out_dir={folder}",
+                ]
                 environment = os.environ | {"OMP_NUM_THREADS": threads}
                 done = subprocess.run(
                     command, cwd=HERE.parent, env=environment, capture_output=True, text=True
@@ -130,10 +133,10 @@ class Runs:
                     raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
                 last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
                 with self.lock:
-                    self.done[key] = last["val_loss"]
+                    self.done[key(flags)] = last["val_loss"]
                     self.file.write_text(json.dumps(self.done, indent=1) + "\n")
             bar.update()
-            return self.done[key]
+            return self.done[key(flags)]
 
         bar = tqdm(total=len(todo), unit="run")
         with bar, ThreadPoolExecutor(self.config.jobs) as pool:
@@ -142,6 +145,11 @@ class Runs:
 
 def command_line(flags):
     return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def key(flags):
+    """What a training is called in results/NAME.json."""
+    return " ".join(command_line(flags))
 
 
 def prune_like(runs, pattern, rate, seed):

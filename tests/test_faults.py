@@ -108,27 +108,37 @@ def uninterrupted(tmp_path_factory):
     return same, weights(folder / "out")
 
 
+def go_on(out, log, same):
+    """A process that resumes the run in `out`, or begins it."""
+    rest = ["--resume"] if (out / "last.pt").exists() else same
+    return Begun(log, *rest, f"--out_dir={out}")
+
+
+def stopped(out, log, same, rng, number, often):
+    """Status and words of a process that gets the signal at a random moment, `often` of the times
+    while it trains and saves, otherwise from its start on."""
+    if (out / "last.pt").exists() and common.load_checkpoint(out / "last.pt")["step"] > 300:
+        shutil.rmtree(out)  # begin once more
+    run = go_on(out, log, same)
+    if rng.random() < often:
+        run.wait_for(lambda: "validation" in log.read_text())
+        time.sleep(rng.random() * 0.3)
+    else:
+        time.sleep(rng.random() * 3)
+    return run.end(number)
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=slow)])
 def test_kill_at_random_moments(uninterrupted, tmp_path, kills):
     same, whole = uninterrupted
     out, log, rng = tmp_path / "out", tmp_path / "log", random.Random(kills)
     for _ in range(kills):
-        if (out / "last.pt").exists() and common.load_checkpoint(out / "last.pt")["step"] > 300:
-            shutil.rmtree(out)  # begin once more
-        rest = ["--resume"] if (out / "last.pt").exists() else same
-        run = Begun(log, *rest, f"--out_dir={out}")
-        if rng.random() < 0.8:  # most of the moments are in the time when it saves
-            run.wait_for(lambda: "validation" in log.read_text())
-            time.sleep(rng.random() * 0.3)
-        else:
-            time.sleep(rng.random() * 3)
-        status, words = run.end(signal.SIGKILL)
+        status, words = stopped(out, log, same, rng, signal.SIGKILL, often=0.8)
         assert status == -signal.SIGKILL or "what it writes now" in words, words
         if (out / "last.pt").exists():
             common.load_checkpoint(out / "last.pt")  # whole
         survived("kill -9, then --resume")
-    rest = ["--resume"] if (out / "last.pt").exists() else same
-    status, words = Begun(log, *rest, f"--out_dir={out}").end()
+    status, words = go_on(out, log, same).end()
     assert status == 0, words
     assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in whole.items())
 
@@ -138,17 +148,8 @@ def test_signals_at_random_moments(uninterrupted, tmp_path, stops):
     same, whole = uninterrupted
     out, log, rng = tmp_path / "out", tmp_path / "log", random.Random(stops)
     for n in range(stops):
-        if (out / "last.pt").exists() and common.load_checkpoint(out / "last.pt")["step"] > 300:
-            shutil.rmtree(out)
-        rest = ["--resume"] if (out / "last.pt").exists() else same
-        run = Begun(log, *rest, f"--out_dir={out}")
-        if rng.random() < 0.7:
-            run.wait_for(lambda: "validation" in log.read_text())
-            time.sleep(rng.random() * 0.3)
-        else:
-            time.sleep(rng.random() * 3)
         number = (signal.SIGINT, signal.SIGTERM)[n % 2]
-        status, words = run.end(number)
+        status, words = stopped(out, log, same, rng, number, often=0.7)
         if "seconds; validation loss" in words:  # it was ready, and drew its picture
             assert status in (0, -number), words
             assert common.load_checkpoint(out / "last.pt")["step"] == SAVING["max_iters"]
@@ -158,8 +159,7 @@ def test_signals_at_random_moments(uninterrupted, tmp_path, stops):
         else:  # there is nothing to save yet: it ends at once
             assert status in (-number, 128 + number), words
         survived("Ctrl-C or SIGTERM, then --resume")
-    rest = ["--resume"] if (out / "last.pt").exists() else same
-    assert Begun(log, *rest, f"--out_dir={out}").end()[0] == 0
+    assert go_on(out, log, same).end()[0] == 0
     assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in whole.items())
 
 
