@@ -29,6 +29,7 @@ import data
 from common import (
     CheckpointError,
     Parser,
+    Stop,
     find_device,
     flag,
     load_model,
@@ -38,7 +39,7 @@ from common import (
     understood,
     windows,
 )
-from denseformer import dwa_pattern
+from denseformer import dwa_pattern, trained
 
 
 @dataclass
@@ -153,13 +154,14 @@ class Run:
 
 
 def prune(alpha, mask, fraction):
-    """The mask without that fraction of its entries, those whose alphas are the smallest.
+    """The mask without that fraction of the trained alphas, the smallest.
 
     A row that loses all of them is no DWA any more, and gets its diagonal back.
     """
-    size = alpha.abs().masked_fill(~mask, -1).flatten()
+    there = trained(mask)
+    size = alpha.abs().masked_fill(~there, -1).flatten()
     kept = torch.zeros_like(size, dtype=torch.bool)
-    kept[size.argsort(descending=True)[: round((1 - fraction) * mask.sum().item())]] = True
+    kept[size.argsort(descending=True)[: round((1 - fraction) * there.sum().item())]] = True
     kept = kept.view_as(mask)
     diagonal = torch.eye(len(mask) + 1, dtype=torch.bool)[1:]
     return kept | (diagonal & ~kept.any(dim=1, keepdim=True))
@@ -169,17 +171,20 @@ def save_pruned(run, fraction, out_dir):
     """pruned.pt: the run's model with a mask of its largest alphas only."""
     alpha, mask = (run.checkpoint["model"][name] for name in ("dwa.alpha", "dwa.mask"))
     dwa = run.model.dwa
+    all_alphas = dwa.num_params()
     dwa.set_mask(prune(alpha, mask, fraction))
+    if not dwa.num_params():
+        raise Stop(f"--prune {fraction} leaves no DWA of the {all_alphas:,} alphas: keep more")
     pattern = dwa_pattern(dwa.mask.cpu())
     config = run.checkpoint["model_config"] | {"dwa": pattern}
     model = {name: tensor.cpu() for name, tensor in run.model.state_dict().items()}
     path = out_dir / "pruned.pt"
     save_checkpoint(path, run.checkpoint | {"model": model, "model_config": config})
     print(
-        f"\n{path} has the {dwa.num_params():,} largest of {mask.sum().item():,} alphas, a "
+        f"\n{path} has the {dwa.num_params():,} largest of {all_alphas:,} alphas, a "
         f"sparsity of {dwa.sparsity():.1%}: validation perplexity {run.perplexity():.3f}\n"
         f"to train on with them: python train.py --init_from {path} --out_dir {out_dir}-pruned\n"
-        f"or from the start: --dwa {pattern}"
+        f"or from the start: --n_layer {run.depth} --dwa {pattern}"
     )
 
 
@@ -336,7 +341,7 @@ def main(argv=None):
     run = Run(out_dir / f"{config.checkpoint}.pt", config.tokens, device)
     alpha, mask = (run.checkpoint["model"][name] for name in ("dwa.alpha", "dwa.mask"))
     pattern = run.checkpoint["model_config"]["dwa"]
-    pattern = pattern if len(pattern) < 20 else "pruned"
+    pattern = pattern if len(pattern) < 20 else f"{pattern[:16]}..."
     has_alphas = run.model.dwa.num_params() > 0
     if config.prune and not has_alphas:
         parser.error(f"--prune: the model in {out_dir} is a plain Transformer, without alphas")

@@ -117,6 +117,12 @@ def dwa_mask(pattern: str, n_layer: int) -> Tensor:
     return mask | ((i == j) & ~mask.any(dim=1, keepdim=True))
 
 
+def trained(mask: Tensor) -> Tensor:
+    """The entries of a DWA's mask that are alphas: all but those of rows that are no DWA."""
+    diagonal = torch.eye(len(mask) + 1, dtype=torch.bool, device=mask.device)[1:]
+    return mask & mask.ne(diagonal).any(dim=1, keepdim=True)
+
+
 def dwa_pattern(mask: Tensor) -> str:
     """The pattern that dwa_mask makes this mask of, DWA by DWA: 5:1,5+10:2,6,10."""
     rows = {i: row.nonzero().flatten().tolist() for i, row in enumerate(mask, start=1)}
@@ -164,6 +170,7 @@ class DWA(nn.Module):
             )
         self.mask.copy_(mask)
         self._read_mask()
+        self.alpha.requires_grad_(bool(self.needed))
         self.alpha.mul_(self.mask)
         for i, sources in enumerate(self.sources):
             if not sources:
@@ -177,16 +184,16 @@ class DWA(nn.Module):
         rows = [row.nonzero().flatten().tolist() for row in self.mask.cpu()]
         self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
         self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
-        # X_j is of use to Y_i only where j = i (mod dilation).
-        self.dilation = math.gcd(*(i - j for i, row in enumerate(self.sources, 1) for j in row))
-        # The in-place way moves about as much as the naive one does for 2.5 L entries, however many
-        # there are.
+        # The in-place way moves the same memory for any mask: what the naive one does for one of
+        # 2.5 L entries.
         self.in_place_pays = self.num_params() >= 2.5 * len(rows)
-        self.alpha.requires_grad_(bool(self.needed))
 
     def _load_from_state_dict(self, *args, **kwargs):
+        had = bool(self.needed)
         super()._load_from_state_dict(*args, **kwargs)
         self._read_mask()
+        if bool(self.needed) != had:  # else alphas that somebody froze stay frozen
+            self.alpha.requires_grad_(not had)
 
     def num_params(self) -> int:
         """The number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
@@ -406,7 +413,7 @@ class DenseFormer(nn.Module):
 
         With targets: logits of (B, T, V) and the mean cross-entropy in nats, a target of -1
         not counting. Without: logits of the last position only, (B, 1, V), and None. With a
-        cache, which takes torch.no_grad, idx continues the tokens that are in it. Raises
+        cache, which needs torch.no_grad, idx continues the tokens that are in it. Raises
         ValueError for more tokens than block_size.
         """
         T = idx.size(1)
@@ -450,19 +457,20 @@ class DenseFormer(nn.Module):
         """
         if optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', not {optimizer!r}")
-        matrices = [p for p in self.blocks.parameters() if p.dim() >= 2]
-        vectors = [p for p in self.parameters() if p.dim() < 2] + [self.dwa.alpha]
+        alpha = self.dwa.alpha
+        matrices = [p for p in self.parameters() if p.dim() >= 2 and p is not alpha]
+        vectors = [p for p in self.parameters() if p.dim() < 2 or p is alpha]
         optimizers: list[torch.optim.Optimizer] = []
         if optimizer == "muon":
             if not hasattr(torch.optim, "Muon"):
                 raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")
-            muon = torch.optim.Muon(
-                matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"
+            inner = [p for p in self.blocks.parameters() if p.dim() >= 2]
+            optimizers.append(
+                torch.optim.Muon(inner, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
             )
-            optimizers.append(muon)
-            matrices = []
+            matrices = [p for p in matrices if all(p is not q for q in inner)]
         groups = [
-            {"params": [*matrices, self.wte.weight], "weight_decay": weight_decay},
+            {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
         fused = self.wte.weight.device.type in ("cuda", "cpu")
@@ -583,9 +591,9 @@ def sample(
 #    activations instead of L^2/2, least for b near sqrt(L). Once a tile's dalpha is formed nobody
 #    reads its X again, and its G take their place in the buffer.
 #
-# A DWA of dilation k is k dense ones, one for each residue r = j mod k. X is laid out residue by
-# residue, and below m counts along one of these chains: its X[m] is X_{r + m k}. What else a mask
-# lacks is a 0 in alpha: to pass over it hardly pays, for a tile reads an X if one row of it does.
+# What a mask lacks is a 0 in alpha. To pass over it hardly pays, for a tile reads an X if any row
+# of it does. A dilation k amounts to k interleaved DWAs of L/k rows each, which would move less
+# memory, but on a CPU they are slower than one of L rows: their products are smaller.
 
 
 class InPlaceMemory:
@@ -593,26 +601,23 @@ class InPlaceMemory:
 
     def __init__(self, dwa: DWA, x: Tensor):
         L, N = len(dwa.sources), x.numel()
-        self.k = k = dwa.dilation
-        chains = [len(range(r, L + 1, k)) for r in range(k)]
         few = N < 1 << 14  # numbers: then the count of operations matters, not the traffic
-        # Near sqrt(L), and what was fastest of the sizes tried.
-        self.b = dwa.tile_rows or (chains[0] if few else math.ceil(1.4 * math.sqrt(chains[0])))
+        # Rows of a tile: near sqrt(L), and what was fastest of the sizes tried.
+        self.b = dwa.tile_rows or (L + 1 if few else math.ceil(1.4 * math.sqrt(L + 1)))
         # Sums are in float32 at least, whatever the activations are. (On a GPU that may take
         # TensorFloat32 for it, as train.py allows, alpha has 11 significant bits.)
         self.dtype = torch.promote_types(x.dtype, torch.float32)
-        alpha = torch.eye(L + 1, device=x.device, dtype=self.dtype)  # row i makes Y_i
-        alpha[1:] = dwa.alpha.detach()
-        self.alphas = [alpha[r::k, r::k] for r in range(k)]
+        self.alpha = torch.eye(L + 1, device=x.device, dtype=self.dtype)  # row i makes Y_i
+        self.alpha[1:] = dwa.alpha.detach()
         self.mask = dwa.mask
-        self.dalpha = torch.zeros_like(alpha) if dwa.alpha.requires_grad else None
+        self.dalpha = torch.zeros_like(self.alpha) if dwa.alpha.requires_grad else None
         # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
         stored = self.dtype if x.device.type == "cpu" else x.dtype
         # A page has the rows of up to 16 tokens: X is (pages, L + 1, c).
         self.pages = N // (x.size(-1) * math.gcd(N // x.size(-1), 16))
-        self.X = x.new_empty(self.pages, L + 1, N // self.pages, dtype=stored).split(chains, 1)
-        # What the rows of a tile get from outside it, (pages, b, c), and the G of a tile.
-        self.partial, self.tile_G = [x.new_empty(0)] * k, [x.new_empty(0)] * k
+        self.X = x.new_empty(self.pages, L + 1, N // self.pages, dtype=stored)
+        # What the rows of a tile get from outside it, and the G of a tile: both (pages, b, c).
+        self.partial = self.tile_G = self.X[:, :0]
         # The steps of the backward pass: where it began, where it is, and where it will end.
         self.top = L
         self.last: int | None = None
@@ -620,54 +625,48 @@ class InPlaceMemory:
 
     def up(self, i: int, x: Tensor) -> Tensor:
         """X_i -> Y_i."""
-        r, m = i % self.k, i // self.k
-        alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
-        X[:, m] = x.reshape(self.pages, -1)
-        if m == lo > 0:  # a new tile begins
-            self.partial[r] = weighted_sums(alpha[lo : lo + self.b, :lo], X[:, :lo])
-        if m == 0:
+        alpha, X, lo = self.alpha, self.X, i - i % self.b
+        X[:, i] = x.reshape(self.pages, -1)
+        if i == 0:
             return x
-        ready = self.partial[r][:, m - lo : m - lo + 1] if lo else None
-        y = weighted_sums(alpha[m : m + 1, lo : m + 1], X[:, lo : m + 1], ready)
+        if i == lo:  # a new tile begins
+            self.partial = weighted_sums(alpha[lo : lo + self.b, :lo], X[:, :lo])
+        ready = self.partial[:, i - lo : i - lo + 1] if lo else None
+        y = weighted_sums(alpha[i : i + 1, lo : i + 1], X[:, lo : i + 1], ready)
         return y.view_as(x).to(x.dtype)
 
     def down(self, i: int, G: Tensor) -> Tensor:
         """G_i = dLoss/dY_i -> dLoss/dX_i; the steps come in falling order, each once."""
+        alpha, X, lo = self.alpha, self.X, i - i % self.b
         if self.last is None:
             self.top = i  # above it no Y has a gradient
-        elif i != self.last - 1 or not self.X:
+            self.tile_G = torch.empty_like(X[:, : self.b])
+        elif i != self.last - 1 or not X.numel():
             raise RuntimeError(
                 "the in-place DWA goes backward through a forward pass once, for it overwrites its "
                 "memory on the way; dwa_impl='naive' can do it more often"
             )
         self.last = i
-        r, m = i % self.k, i // self.k
-        alpha, X, lo = self.alphas[r], self.X[r], m - m % self.b
-        end = (self.top - r) // self.k + 1
+        end = self.top + 1
         hi = min(lo + self.b, end)
-        if m == hi - 1:  # a new tile begins; beyond it, X holds G by now
-            if hi < end:
-                self.partial[r] = weighted_sums(alpha[hi:end, lo:hi].T, X[:, hi:end])
-            if not self.tile_G[r].numel():
-                self.tile_G[r] = torch.empty_like(X[:, : self.b])
-        tile_G = self.tile_G[r][:, : hi - lo]
-        tile_G[:, m - lo] = G.reshape(self.pages, -1)
-        ready = self.partial[r][:, m - lo : m - lo + 1] if hi < end else None
-        dX = weighted_sums(alpha[m:hi, m : m + 1].T, tile_G[:, m - lo :], ready)
-        if m == lo:  # the tile is complete
+        if i == hi - 1 < self.top:  # a new tile begins; beyond it, X holds G by now
+            self.partial = weighted_sums(alpha[hi:end, lo:hi].T, X[:, hi:end])
+        tile_G = self.tile_G[:, : hi - lo]
+        tile_G[:, i - lo] = G.reshape(self.pages, -1)
+        ready = self.partial[:, i - lo : i - lo + 1] if hi < end else None
+        dX = weighted_sums(alpha[i:hi, i : i + 1].T, tile_G[:, i - lo :], ready)
+        if i == lo:  # the tile is complete
             if self.dalpha is not None:
-                self.dalpha[r :: self.k, r :: self.k][lo:hi, :hi] = dots(tile_G, X[:, :hi])
+                self.dalpha[lo:hi, :hi] = dots(tile_G, X[:, :hi])
             X[:, lo:hi] = tile_G
         if i == self.lowest:  # nothing of it is needed again
-            self.X, self.partial, self.tile_G = (), [], []
+            self.X = self.partial = self.tile_G = G.new_empty(0)
         return dX.view_as(G).to(G.dtype)
 
     def alpha_gradient(self) -> Tensor:
         """dLoss/dalpha; 0 outside the mask, and where a diagonal is alone, which is no DWA."""
         assert self.dalpha is not None
-        diagonal = torch.eye(len(self.dalpha), dtype=torch.bool, device=self.mask.device)[1:]
-        trained = self.mask & self.mask.ne(diagonal).any(1, keepdim=True)
-        return self.dalpha[1:].masked_fill(~trained, 0)
+        return self.dalpha[1:].masked_fill(~trained(self.mask), 0)
 
 
 class InPlacePass:
@@ -712,7 +711,9 @@ class InPlaceStep(torch.autograd.Function):
         return dX, dlink, None, None
 
 
-PIECE = 1 << 22  # numbers that a GPU converts at a time
+# Numbers that a GPU converts at a time: 64 MB, for smaller pieces would take longer to launch than
+# to convert.
+PIECE = 1 << 24
 
 
 def weighted_sums(alpha: Tensor, X: Tensor, ready: Tensor | None = None) -> Tensor:

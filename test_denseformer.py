@@ -261,6 +261,27 @@ def test_what_is_masked_is_never_trained(optimizer):
     assert (after - before).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_trained(optimizer):
+    if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has no Muon before 2.9")
+    model = tiny()
+    model.wpe = torch.nn.Embedding(8, 4)  # and those that somebody adds to the model
+    optimizers = model.configure_optimizers(1e-3, optimizer=optimizer)
+    groups = [group for each in optimizers for group in each.param_groups]
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+def test_frozen_alphas_stay_frozen_when_weights_are_loaded():
+    model, plain = tiny("1x1"), tiny("none")
+    model.dwa.alpha.requires_grad_(False)
+    model.load_state_dict(model.state_dict())
+    assert not model.dwa.alpha.requires_grad
+    plain.load_state_dict(tiny("1x1").state_dict())
+    assert plain.dwa.alpha.requires_grad
+
+
 def test_decay_is_for_the_matrices_and_the_embedding():
     model = tiny(bias=True)
     (adamw,) = model.configure_optimizers(1e-3, weight_decay=0.1)
@@ -422,11 +443,9 @@ def test_inplace_frees_its_memory(memories):
     idx = torch.randint(17, (2, 8))
     logits, loss = ours(idx, idx)
     (memory,) = [ref() for ref in memories]
-    assert sum(X.numel() for X in memory.X) == 10 * 2 * 8 * 8  # (L + 1) activations
+    assert memory.X.numel() == 10 * 2 * 8 * 8  # (L + 1) activations
     loss.backward(retain_graph=True)
-    assert not memory.X
-    assert not memory.tile_G
-    assert not memory.partial
+    assert not any(buffer.numel() for buffer in (memory.X, memory.tile_G, memory.partial))
     del logits, loss, memory
     ours(idx, idx)  # never goes backward
     ours.blocks[5].mlp.forward = lambda x: 1 / 0
@@ -599,7 +618,7 @@ def test_inplace_rounds_as_a_sum_in_float32_does(pattern, stored, monkeypatch):
         x0 = torch.randn(2, 32, 16).bfloat16().to(dtype).requires_grad_()
         (x, X), y = dwa.start(x0), []
         if impl == "inplace":
-            X.memory.X = [rows.to(stored) for rows in X.memory.X]
+            X.memory.X = X.memory.X.to(stored)
         for i in range(1, 13):
             x = dwa(i, x.detach().bfloat16().to(dtype) if i > 1 else x, X)
             y.append(x)

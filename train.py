@@ -73,7 +73,7 @@ class TrainConfig:
     resume: bool = flag(False, "go on from out_dir's last checkpoint")
     init_from: str | None = flag(
         None, "checkpoint whose weights to start with; the shape of the model is then its own, "
-        "and the DWAs too unless --dwa says otherwise", type=str,
+        "and DWAs and data too unless flags say otherwise", type=str,
     )  # fmt: skip
     overwrite: bool = flag(False, "begin anew although out_dir holds a run")
     # model
@@ -173,8 +173,9 @@ FIXED = ["n_layer", "n_head", "n_embd", "block_size", "bias", "dwa", "dataset", 
 FIXED += ["optimizer", "batch_size", "shards", "tokenizer", "skip_gains", "dwa_start_iter"]
 FIXED += ["init_from"]
 
-# What a model started from the weights of another has from it.
+# What a model started from the weights of another has from it, and what it has unless told else.
 SHAPE = ["n_layer", "n_head", "n_embd", "bias", "skip_gains"]
+DATA = ["dataset", "tokenizer", "shards"]
 
 
 # -----------------------------------------------------------------------------
@@ -349,6 +350,8 @@ def read_settings(argv, stack):
     )
     parser = Parser(TrainConfig, __doc__, f"--preset cpu is the defaults above.\n{presets}")
     given = parser.given(argv)
+    if given.get("dataset"):  # books/ is books
+        given["dataset"] = str(Path(given["dataset"]))
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     last = out_dir / "last.pt"
     checkpoint, base, step = None, {}, 0
@@ -383,7 +386,9 @@ def read_settings(argv, stack):
                 path = Path(given["init_from"])
                 other = load_checkpoint(path)
                 with understood(path):
+                    its_data = {name: other["train_config"][name] for name in DATA}
                     other = asdict(DenseFormerConfig(**other["model_config"]))
+                    base = its_data | base
                     base |= {name: other[name] for name in (*SHAPE, "block_size", "dwa")}
                 for name in SHAPE:
                     if given.get(name, other[name]) != other[name]:
@@ -716,7 +721,8 @@ def plot(out_dir):
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
         points = [(e["step"], e[key]) for e in entries if key in e]
-        axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
+        if points:  # a run may end before it logs one
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -9,13 +9,14 @@ Trains every variant with train.py on several seeds, each at the learning rate t
 it on the first seed, of all that were tried. Models of one depth and seed begin with the same
 weights and see the same batches, so their losses are compared seed by seed.
 The losses are of the whole validation split at the end of the run. What was done is kept in
-results/NAME.json, so that the script can be stopped and goes on; the result is results/NAME.md and
-results/NAME.png.
+OUT_DIR/NAME, so that the script can be stopped and goes on; the result is results/NAME.md and .png,
+and NAME.json with the loss of each training.
 """
 
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 from tqdm import tqdm
 
@@ -33,8 +37,17 @@ sys.path.insert(0, str(HERE.parent))
 
 from analyze import prune  # noqa: E402
 from bench import machine, measure, ratio  # noqa: E402
-from common import Parser, find_device, flag, load_checkpoint  # noqa: E402
+from common import (  # noqa: E402
+    Parser,
+    Stop,
+    find_device,
+    find_dtype,
+    flag,
+    load_checkpoint,
+    start,
+)
 from denseformer import DenseFormer, DenseFormerConfig, dwa_mask, dwa_pattern  # noqa: E402
+from train import TrainConfig  # noqa: E402
 
 
 @dataclass
@@ -62,24 +75,26 @@ VARIANTS = {
     "4x1": {"dwa": "4x1"},
     "4x5": {"dwa": "4x5"},
     "last4": {"dwa": "last4"},
+    "last1": {"dwa": "last1"},
     "connect-to-last": {"dwa": "connect-to-last"},
     "last2+12x1": {"dwa": "last2+12x1"},
     "pruned as 4x1": {"dwa": "pruned as 4x1"},
+    "pruned as 4x5": {"dwa": "pruned as 4x5"},
     "1x1 from 1/4 on": {"dwa": "1x1", "late": 0.25},
     "plain deeper": {"dwa": "none", "deeper": 1.5},
 }
 
 
 class Runs:
-    """Trainings, each done once: {their flags: validation loss} in results/NAME.json."""
+    """Trainings, each done once: {their flags: validation loss} in OUT_DIR/NAME/done.json."""
 
     def __init__(self, config):
         self.config = config
-        self.common = COMMON | {"dataset": config.dataset}
-        for word in config.train.split():
-            name, _, value = word.lstrip("-").partition("=")
-            self.common[name] = type(COMMON.get(name, ""))(value)
-        self.file = HERE / f"{config.name}.json"
+        given = Parser(TrainConfig, "").given(config.train.split())
+        self.common = COMMON | {"dataset": config.dataset} | given
+        self.out_dir = Path(config.out_dir).absolute() / config.name
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.file = self.out_dir / "done.json"
         self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.lock = threading.Lock()
 
@@ -97,7 +112,7 @@ class Runs:
         """Where the run with these flags is."""
         name = f"{flags['dwa'][:20]}-{flags['n_layer']}-{flags['seed']}-{flags['learning_rate']}"
         name = re.sub(r"[^\w.-]+", "-", name) + f"-{zlib.crc32(key(flags).encode()):08x}"
-        return Path(self.config.out_dir).absolute() / self.config.name / name
+        return self.out_dir / name
 
     def tried(self, variant, seed):
         """{learning rate: loss} of the trainings of this variant and seed that are done."""
@@ -130,7 +145,7 @@ class Runs:
                     command, cwd=HERE.parent, env=environment, capture_output=True, text=True
                 )
                 if done.returncode:
-                    raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+                    raise Stop(f"{' '.join(command)}\n{done.stderr}")
                 last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
                 with self.lock:
                     self.done[key(flags)] = last["val_loss"]
@@ -163,22 +178,23 @@ def prune_like(runs, pattern, rate, seed):
     return dwa_pattern(prune(alpha, mask, 1 - (L + earlier) / mask.sum().item()))
 
 
-def make_model(flags):
-    names = DenseFormerConfig.__dataclass_fields__.keys() & flags.keys()
-    return DenseFormer(DenseFormerConfig(vocab_size=256, **{k: flags[k] for k in names}))
-
-
 def step_times(models, flags, rounds=15):
     """Training steps of all models by turns: {name: [seconds of each round]}."""
-    device = find_device("auto")
-    shape = (flags["batch_size"], flags["block_size"])
-    idx, targets = torch.randint(256, (2, *shape), device=device)
+    device = find_device(flags.get("device", "auto"))
+    dtype = find_dtype(flags["dtype"], device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def task(model):
+        shape = (flags["batch_size"], flags["block_size"])
+        idx, targets = torch.randint(model.config.vocab_size, (2, *shape), device=device)
         optimizers = model.to(device).configure_optimizers(1e-9, optimizer=flags["optimizer"])
+        if flags.get("compile", device.type == "cuda"):
+            model.compile()
 
         def step():
-            model(idx, targets)[1].backward()
+            with autocast:
+                loss = model(idx, targets)[1]
+            loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -228,9 +244,9 @@ def plot(rows, path):
     plt.close(figure)
 
 
-def main(argv=None):
+def main():
     parser = Parser(RunConfig, __doc__)
-    config = RunConfig(**parser.given(argv))
+    config = RunConfig(**parser.given())
     names = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"--variants: {', '.join(unknown)} is none of {', '.join(VARIANTS)}")
@@ -253,7 +269,11 @@ def main(argv=None):
     # By seeds, so that what there is when it is stopped is something of everything.
     runs.train([flags for of_seed in zip(*todo.values(), strict=True) for flags in of_seed])
 
-    models = {name: make_model(flags[0]) for name, flags in todo.items()}
+    configs = {
+        name: load_checkpoint(runs.folder(flags[-1]) / "last.pt")["model_config"]
+        for name, flags in todo.items()
+    }
+    models = {name: DenseFormer(DenseFormerConfig(**c)) for name, c in configs.items()}
     times = step_times(models, runs.common)
     rows = {}
     for name, flags in todo.items():
@@ -271,7 +291,7 @@ def report(rows, tried, runs, config, variants):
     text = [
         f"Made by `{' '.join(['python results/run.py', *map(quoted, sys.argv[1:])])}`",
         f"on {machine(find_device('auto'))}.\n",
-        "| model | blocks | parameters | alphas | sparsity | validation loss | less plain's "
+        "| model | blocks | parameters | alphas | sparsity | validation loss | minus plain's "
         "| step, x plain |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -297,6 +317,7 @@ def report(rows, tried, runs, config, variants):
             text.append(f"\n{name}: `--dwa {variant['dwa']}`")
     text.append(f"\nFlags of all runs: `{' '.join(f'--{k}={v}' for k, v in runs.common.items())}`")
     (HERE / f"{config.name}.md").write_text("\n".join(text) + "\n")
+    (HERE / f"{config.name}.json").write_text(json.dumps(runs.done, indent=1) + "\n")
     plot(rows, HERE / f"{config.name}.png")
     print("\n".join(text))
 
@@ -306,4 +327,4 @@ def quoted(word):
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

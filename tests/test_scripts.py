@@ -154,6 +154,7 @@ def test_what_a_resumed_run_takes_from_its_flags(text, tmp_path, capsys):
     assert stop.value.code == 2
     assert "is at step 6 already" in capsys.readouterr().err
     (out / "log.jsonl").unlink()  # only the checkpoint was copied to another machine
+    again += [f"--dataset={Path(text).parent}/./{Path(text).name}"]  # another way to write the same
     assert train.main([*again, "--max_iters=7", "--weight_decay=0.5", "--beta2=0.5"]) == 0
     assert "in float32" in capsys.readouterr().out
     groups = [g for o in common.load_checkpoint(out / "last.pt")["optimizers"]
@@ -254,8 +255,9 @@ def test_init_from_keeps_what_was_learned(text, tmp_path, capsys):
     assert train.main(flags(**same, out_dir=plain, dwa="none")) == 0
     begin = {"init_from": plain / "last.pt", "dataset": text, "batch_size": 4, "device": "cpu"}
     begin |= {"max_iters": 10, "optimizer": "adamw", "learning_rate": 1e-2}
-    # The shape is the checkpoint's, and a DenseFormer begins as the plain model it is made of.
-    assert train.main(flags(**begin, out_dir=dense, dwa="1x1")) == 0
+    # Shape and data are the checkpoint's; a DenseFormer begins as the plain model it is made of.
+    its_data = {name: value for name, value in begin.items() if name != "dataset"}
+    assert train.main(flags(**its_data, out_dir=dense, dwa="1x1")) == 0
     assert losses(dense)[0][2] == losses(plain)[-1][2]
     alpha = weights(dense)["dwa.alpha"]
     assert (alpha != 0).equal(dwa_mask("1x1", 3))
@@ -316,6 +318,11 @@ def test_prune_keeps_the_largest():
     # a row that loses everything is no DWA
     assert analyze.prune(alpha, mask, 0.6).equal(
         torch.tensor([[True, True, False], [False, False, True]])
+    )
+    # the 1 of a row without a DWA is no alpha: half of three are two, rounded
+    alpha = torch.tensor([[0.0, 1.0, 0.0], [0.1, -0.3, 0.2]])
+    assert analyze.prune(alpha, dwa_mask("1x2", 2), 0.5).equal(
+        torch.tensor([[False, True, False], [False, True, True]])
     )
 
 
