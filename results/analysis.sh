@@ -6,14 +6,16 @@
 # for seed 1, prunes the first, and trains on: into out-1x1, out-plain and out-1x1-*.
 set -e
 cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1  # two trainings at a time
 
 model="--dataset $1 --tokenizer byte --n_layer 24 --n_head 2 --n_embd 48 --block_size 128
        --batch_size 8 --optimizer adamw --weight_decay 0.1 --dtype float32 --eval_iters 1000000"
 long="--max_iters 2000 --eval_interval 2000 --warmup_iters 200 --learning_rate 8e-3 --min_lr 8e-4"
 short="--max_iters 400 --eval_interval 400 --warmup_iters 40 --learning_rate 2e-3"
 
+python train.py $model $long --seed 1 --out_dir out-plain --overwrite --dwa none > /dev/null &
 python train.py $model $long --seed 1 --out_dir out-1x1 --overwrite
-python train.py $model $long --seed 1 --out_dir out-plain --overwrite --dwa none
+wait
 python analyze.py --out_dir out-1x1 --plain out-plain --prune 0.8
 for weights in pruned best; do
     python train.py $model $short --seed 7 --init_from out-1x1/$weights.pt \
