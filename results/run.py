@@ -32,8 +32,9 @@ if __name__ == "__main__":  # Ctrl-C ends it at once
 import torch
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+RESULTS = Path(__file__).parent
+ROOT = RESULTS.parent
+sys.path.insert(0, str(ROOT))
 
 from analyze import prune  # noqa: E402
 from bench import machine, measure, ratio  # noqa: E402
@@ -142,7 +143,7 @@ class Runs:
                 ]
                 environment = os.environ | {"OMP_NUM_THREADS": threads}
                 done = subprocess.run(
-                    command, cwd=HERE.parent, env=environment, capture_output=True, text=True
+                    command, cwd=ROOT, env=environment, capture_output=True, text=True
                 )
                 if done.returncode:
                     raise Stop(f"{' '.join(command)}\n{done.stderr}")
@@ -244,9 +245,9 @@ def plot(rows, path):
     plt.close(figure)
 
 
-def main():
+def main(argv=None):
     parser = Parser(RunConfig, __doc__)
-    config = RunConfig(**parser.given())
+    config = RunConfig(**parser.given(argv))
     names = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"--variants: {', '.join(unknown)} is none of {', '.join(VARIANTS)}")
@@ -283,13 +284,13 @@ def main():
             "losses": runs.train(flags), "time": ratio(times, name),
         }  # fmt: skip
     tried = {name: runs.tried(variant, seeds[0]) for name, variant in variants.items()}
-    report(rows, tried, runs, config, variants)
+    report(rows, tried, runs, config, variants, sys.argv[1:] if argv is None else argv)
 
 
-def report(rows, tried, runs, config, variants):
+def report(rows, tried, runs, config, variants, argv):
     """results/NAME.md and results/NAME.png."""
     text = [
-        f"Made by `{' '.join(['python results/run.py', *map(quoted, sys.argv[1:])])}`",
+        f"Made by `{' '.join(['python results/run.py', *map(quoted, argv)])}`",
         f"on {machine(find_device('auto'))}.\n",
         "| model | blocks | parameters | alphas | sparsity | validation loss | minus plain's "
         "| step, x plain |",
@@ -316,9 +317,9 @@ def report(rows, tried, runs, config, variants):
         if name.startswith("pruned"):
             text.append(f"\n{name}: `--dwa {variant['dwa']}`")
     text.append(f"\nFlags of all runs: `{' '.join(f'--{k}={v}' for k, v in runs.common.items())}`")
-    (HERE / f"{config.name}.md").write_text("\n".join(text) + "\n")
-    (HERE / f"{config.name}.json").write_text(json.dumps(runs.done, indent=1) + "\n")
-    plot(rows, HERE / f"{config.name}.png")
+    (RESULTS / f"{config.name}.md").write_text("\n".join(text) + "\n")
+    (RESULTS / f"{config.name}.json").write_text(json.dumps(runs.done, indent=1) + "\n")
+    plot(rows, RESULTS / f"{config.name}.png")
     print("\n".join(text))
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -517,3 +518,33 @@ def test_the_bench_runs_whole(tmp_path, capsys, monkeypatch):
         assert {*times["dwa"]} == {"4x5", "2x1", "1x1 naive", "1x1 tensordot"}
         assert mode == ["--dwa_only"] or {*times["decode"]} == {"plain", "4x5", "2x1"}
     assert "compiling: 6 blocks" in capsys.readouterr().out
+
+
+def test_the_comparison_runs_whole_and_goes_on(text, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from results import run
+
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    small = {k: v for k, v in SMALL.items() if k != "learning_rate"} | {"n_layer": 5}
+    config = {"name": "small", "dataset": text, "variants": "plain,pruned as 4x1", "jobs": 2,
+              "seeds": 1, "sweep": "3e-3", "out_dir": tmp_path / "runs"}  # fmt: skip
+    config["train"] = " ".join(flags(**small))
+    run.main(flags(**config))
+    table = (tmp_path / "small.md").read_text()
+    done = json.loads((tmp_path / "small.json").read_text())
+    assert len(done) == 4
+    for flag in ("--dwa=none ", "--dwa=1x1 ", r"--dwa=\d+:", "--max_iters=10 "):
+        assert any(re.search(flag, f"{key} ") for key in done), (flag, done)
+    plain = next(loss for key, loss in done.items() if "--dwa=none" in key)
+    (folder,) = (tmp_path / "runs" / "small").glob("none-*")
+    assert plain == losses(folder)[-1][2]
+    parameters = sum(w.numel() for name, w in weights(folder).items() if "dwa" not in name)
+    parameters -= weights(folder)["lm_head.weight"].numel()  # tied
+    assert f"| plain | 5 | {parameters:,} | | | {plain:.4f} ±" in table
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+
+    def train_again(*args, **options):
+        raise AssertionError(args)
+
+    monkeypatch.setattr(run.subprocess, "run", train_again)
+    run.main(flags(**config))
