@@ -665,7 +665,7 @@ def run(ranks, config, checkpoint):
         train_time += time.time() - begin_step
         if step % config.log_interval == 0:
             speed = steps_seen * step_tokens / train_time
-            left = (time.time() - begin) / (step - first_step) * (config.max_iters - step)
+            left = train_time / steps_seen * (config.max_iters - step)
             entry = {"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(speed)}
             text = f"loss {loss_value:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s"
             if peak:
