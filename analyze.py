@@ -367,6 +367,11 @@ def main(argv=None):
         print("\nvalidation perplexity when the smallest alphas are dropped")
         rows = zip((f"{f:.0%}" for f in fractions), perplexities, strict=True)
         print(table(["dropped", "perplexity"], list(rows)))
+    values = {name: r.singular_values() for name, r in runs.items()}
+    print("\nsingular values of the matrices, averaged over ranks and blocks")
+    kinds = next(iter(values.values()))
+    rows = [[kind, *(s[kind].mean().item() for s in values.values())] for kind in kinds]
+    print(table(["", *values], rows))
     print()
     try:
         if has_alphas:
@@ -376,7 +381,6 @@ def main(argv=None):
                 plot_snapshots(snapshots, mask, out_dir / "alpha-steps.png")
             plot_dropped(fractions, perplexities, out_dir / "dropped.png")
         plot_cosines(cosines, out_dir / "cosine.png")
-        values = {name: r.singular_values() for name, r in runs.items()}
         plot_singular_values(values, out_dir / "singular.png")
     except ImportError:
         print("for the plots: pip install matplotlib")

@@ -362,6 +362,8 @@ def test_analyze(text, tmp_path, capsys, monkeypatch):
     for name in ("alpha", "alpha-steps", "cosine", "dropped", "singular"):
         assert (dense / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     assert "Y_3" in shown
+    s = torch.stack([torch.linalg.svdvals(b.mlp.c_fc.weight) for b in model.blocks])
+    assert re.search(rf"mlp.c_fc +{s.mean().item():.3f} ", shown)
     # the pruned model keeps its mask when it is trained on
     out = tmp_path / "pruned"
     begin = flags(init_from=dense / "pruned.pt", out_dir=out, dataset=text, max_iters=3)
