@@ -181,8 +181,9 @@ def save_pruned(run, fraction, out_dir):
     path = out_dir / "pruned.pt"
     save_checkpoint(path, run.checkpoint | {"model": model, "model_config": config})
     print(
-        f"\n{path} has the {dwa.num_params():,} largest of {all_alphas:,} alphas, a "
-        f"sparsity of {dwa.sparsity():.1%}: validation perplexity {run.perplexity():.3f}\n"
+        f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas left (a row with its own X_i "
+        f"alone is no DWA), a sparsity of {dwa.sparsity():.1%}: validation perplexity "
+        f"{run.perplexity():.3f}\n"
         f"to train on with them: python train.py --init_from {path} --out_dir {out_dir}-pruned\n"
         f"or from the start: --n_layer {run.depth} --dwa {pattern}"
     )
