@@ -125,8 +125,8 @@ def trained(mask: Tensor) -> Tensor:
 
 def dwa_pattern(mask: Tensor) -> str:
     """The pattern that dwa_mask makes this mask of, DWA by DWA: 5:1,5+10:2,6,10."""
-    rows = {i: row.nonzero().flatten().tolist() for i, row in enumerate(mask, start=1)}
-    dwas = (f"{i}:{','.join(map(str, row))}" for i, row in rows.items() if row != [i])
+    rows = enumerate((row.nonzero().flatten().tolist() for row in trained(mask)), start=1)
+    dwas = (f"{i}:{','.join(map(str, row))}" for i, row in rows if row)
     return "+".join(dwas) or "none"
 
 
@@ -181,12 +181,11 @@ class DWA(nn.Module):
     def _read_mask(self):
         # The mask as Python lists, so that a forward pass never waits for the device: for each row
         # its columns j, and none at all where the diagonal is alone, which is no DWA.
-        rows = [row.nonzero().flatten().tolist() for row in self.mask.cpu()]
-        self.sources = [[] if row == [i] else row for i, row in enumerate(rows, start=1)]
+        self.sources = [row.nonzero().flatten().tolist() for row in trained(self.mask.cpu())]
         self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
         # The in-place way moves the same memory for any mask: what the naive one does for one of
         # 2.5 L entries.
-        self.in_place_pays = self.num_params() >= 2.5 * len(rows)
+        self.in_place_pays = self.num_params() >= 2.5 * len(self.sources)
 
     def _load_from_state_dict(self, *args, **kwargs):
         had = bool(self.needed)
@@ -464,11 +463,12 @@ class DenseFormer(nn.Module):
         if optimizer == "muon":
             if not hasattr(torch.optim, "Muon"):
                 raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")
-            inner = [p for p in self.blocks.parameters() if p.dim() >= 2]
+            inner = {id(p) for p in self.blocks.parameters()}
+            muon = [p for p in matrices if id(p) in inner]
             optimizers.append(
-                torch.optim.Muon(inner, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(muon, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
             )
-            matrices = [p for p in matrices if all(p is not q for q in inner)]
+            matrices = [p for p in matrices if id(p) not in inner]
         groups = [
             {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},

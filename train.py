@@ -388,8 +388,8 @@ def read_settings(argv, stack):
                 with understood(path):
                     its_data = {name: other["train_config"][name] for name in DATA}
                     other = asdict(DenseFormerConfig(**other["model_config"]))
-                    base = its_data | base
-                    base |= {name: other[name] for name in (*SHAPE, "block_size", "dwa")}
+                    its_shape = {name: other[name] for name in (*SHAPE, "block_size", "dwa")}
+                    base = its_data | base | its_shape
                 for name in SHAPE:
                     if given.get(name, other[name]) != other[name]:
                         parser.error(f"--{name} {given[name]}: {given['init_from']} has "
