@@ -39,7 +39,7 @@ from common import (
     understood,
     windows,
 )
-from denseformer import dwa_pattern, trained
+from denseformer import DWA, dwa_pattern
 
 
 @dataclass
@@ -98,40 +98,30 @@ class Run:
     @torch.no_grad()
     def cosines(self):
         """Cosine similarity of Y_i to X_0, i = 0..L, averaged over validation tokens: a list."""
-        total, X_0, real = torch.zeros(self.depth + 1), None, None
-
-        def see_embedding(module, args, x):
-            nonlocal X_0
-            X_0 = x
-
-        def see_dwa(module, args, y):
-            cosines = F.cosine_similarity(X_0.float(), y.float(), dim=-1)
-            total[args[0]] += cosines[real].sum().cpu()
-
+        Y, readers = [], [*self.model.blocks, self.model.ln_f]  # what reads Y_0..Y_L
         hooks = [
-            self.model.drop.register_forward_hook(see_embedding),
-            self.model.dwa.register_forward_hook(see_dwa),
+            reader.register_forward_pre_hook(lambda module, args: Y.append(args[0].float()))
+            for reader in readers
         ]
-        count = 0
+        total, count = torch.zeros(len(readers)), 0
         for x, y in self.batches():
+            Y.clear()
+            self.model(x, y)
             real = y >= 0
-            self.model(x)
+            for i, Y_i in enumerate(Y):
+                total[i] += F.cosine_similarity(Y[0], Y_i, dim=-1)[real].sum().cpu()
             count += real.sum().item()
         for hook in hooks:
             hook.remove()
-        return [1.0, *(total[1:] / count).tolist()]
+        return (total / count).tolist()
 
     def dropped(self, fractions):
         """The perplexity without these fractions of the alphas, the smallest: a list."""
-        dwa = self.model.dwa
-        alpha, mask = dwa.alpha.detach().clone(), dwa.mask.cpu().clone()
-        perplexities = []
+        dwa, perplexities = self.model.dwa, []
         for fraction in tqdm(fractions, desc="dropping alphas", leave=False, disable=None):
-            dwa.alpha.data.copy_(alpha)
-            dwa.set_mask(prune(alpha.cpu(), mask, fraction))
+            self.model.dwa = prune(dwa, fraction)
             perplexities.append(self.perplexity())
-        dwa.alpha.data.copy_(alpha)
-        dwa.set_mask(mask)
+        self.model.dwa = dwa
         return perplexities
 
     def singular_values(self):
@@ -153,39 +143,39 @@ class Run:
         return {step: a for step, a in found.items() if step <= self.checkpoint["step"]}
 
 
-def prune(alpha, mask, fraction):
-    """The mask without that fraction of the trained alphas, the smallest.
-
-    A row that loses all of them is no DWA any more, and gets its diagonal back.
-    """
-    there = trained(mask)
-    size = alpha.abs().masked_fill(~there, -1).flatten()
+def kept(alpha, mask, fraction):
+    """The mask without that fraction of its entries, those with the smallest alphas."""
+    size = alpha.abs().masked_fill(~mask, -1).flatten()
     kept = torch.zeros_like(size, dtype=torch.bool)
-    kept[size.argsort(descending=True)[: round((1 - fraction) * there.sum().item())]] = True
-    kept = kept.view_as(mask)
-    diagonal = torch.eye(len(mask) + 1, dtype=torch.bool)[1:]
-    return kept | (diagonal & ~kept.any(dim=1, keepdim=True))
+    kept[size.argsort(descending=True)[: round((1 - fraction) * mask.sum().item())]] = True
+    return kept.view_as(mask)
+
+
+@torch.no_grad()
+def prune(dwa, fraction):
+    """The DWA without that fraction of the alphas; a row that loses all of them has no DWA."""
+    mask = kept(dwa.alpha, dwa.mask, fraction)
+    pruned = DWA(dwa.n_layer, dwa_pattern(mask), dwa.impl).to(dwa.alpha)
+    pruned.alpha.copy_(dwa.alpha)
+    pruned.alpha.copy_(pruned.weights())
+    return pruned
 
 
 def save_pruned(run, fraction, out_dir):
     """pruned.pt: the run's model with a mask of its largest alphas only."""
-    alpha, mask = (run.checkpoint["model"][name] for name in ("dwa.alpha", "dwa.mask"))
-    dwa = run.model.dwa
-    all_alphas = dwa.num_params()
-    dwa.set_mask(prune(alpha, mask, fraction))
+    all_alphas = run.model.dwa.num_params()
+    dwa = run.model.dwa = prune(run.model.dwa, fraction)
     if not dwa.num_params():
         raise Stop(f"--prune {fraction} leaves no DWA of the {all_alphas:,} alphas: keep more")
-    pattern = dwa_pattern(dwa.mask.cpu())
-    config = run.checkpoint["model_config"] | {"dwa": pattern}
+    config = run.checkpoint["model_config"] | {"dwa": dwa.pattern}
     model = {name: tensor.cpu() for name, tensor in run.model.state_dict().items()}
     path = out_dir / "pruned.pt"
     save_checkpoint(path, run.checkpoint | {"model": model, "model_config": config})
     print(
-        f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas left (a row with its own X_i "
-        f"alone is no DWA), a sparsity of {dwa.sparsity():.1%}: validation perplexity "
-        f"{run.perplexity():.3f}\n"
+        f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas left, a sparsity of "
+        f"{dwa.sparsity():.1%}: validation perplexity {run.perplexity():.3f}\n"
         f"to train on with them: python train.py --init_from {path} --out_dir {out_dir}-pruned\n"
-        f"or from the start: --n_layer {run.depth} --dwa {pattern}"
+        f"or from the start: --n_layer {run.depth} --dwa {dwa.pattern}"
     )
 
 
@@ -340,7 +330,7 @@ def main(argv=None):
         parser.error(str(error))
     out_dir = Path(config.out_dir)
     run = Run(out_dir / f"{config.checkpoint}.pt", config.tokens, device)
-    alpha, mask = (run.checkpoint["model"][name] for name in ("dwa.alpha", "dwa.mask"))
+    alpha, mask = run.model.dwa.alpha.detach().cpu(), run.model.dwa.mask.cpu()
     pattern = run.checkpoint["model_config"]["dwa"]
     pattern = pattern if len(pattern) < 20 else f"{pattern[:16]}..."
     has_alphas = run.model.dwa.num_params() > 0

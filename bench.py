@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from common import Parser, find_device, flag, start
-from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_pattern
+from denseformer import DWA, DenseFormer, DenseFormerConfig
 
 
 @dataclass
@@ -47,7 +47,6 @@ class BenchConfig:
     compile: bool = flag(False, "torch.compile the model")
     device: str = flag("auto", "cuda, cuda:1, cpu; auto takes the first of them that is here")
     rounds: int = flag(5, "times that everything is measured", low=1)
-    tile: int = flag(0, "rows of an in-place tile; 0 leaves it to the model", low=0)
     dwa_only: bool = flag(False, "measure the DWA alone, not the model")
     json: str | None = flag(None, "file to write the numbers to as well", type=str)
 
@@ -82,14 +81,18 @@ class TensordotDWA(DWA):
     and the gradients are left to autograd.
     """
 
-    def start(self, x):
-        X = x.new_empty(len(self.sources) + 1, *x.shape)
-        return x, (X, [Append.apply(None, x, X, 0)])
+    def forward(self, x):
+        return TensordotPass(self.alpha.to(x.dtype), x)
 
-    def forward(self, i, x, state):
-        X, seen = state
-        seen[0] = Append.apply(seen[0], x, X, i)
-        return torch.tensordot(self.alpha[i - 1, : i + 1].to(x.dtype), seen[0], dims=1)
+
+class TensordotPass:
+    def __init__(self, alpha, x):
+        self.alpha, self.X = alpha, x.new_empty(len(alpha) + 1, *x.shape)
+        self.seen = Append.apply(None, x, self.X, 0)
+
+    def step(self, i, x):
+        self.seen = Append.apply(self.seen, x, self.X, i)
+        return torch.tensordot(self.alpha[i - 1, : i + 1], self.seen, dims=1)
 
 
 class Append(torch.autograd.Function):
@@ -109,13 +112,9 @@ def make_dwas(config, device):
     """The DWAs to compare, by the name of their row. "plain" is first."""
 
     def make(pattern, impl="inplace", kind=DWA):
-        shape = {"n_layer": config.n_layer, "dwa": pattern, "dwa_impl": impl}
-        dwa = kind(DenseFormerConfig(**shape))
-        dwa.tile_rows = config.tile or None
+        dwa = kind(config.n_layer, pattern, impl)
         with torch.no_grad():
-            for row, mask in zip(dwa.alpha, dwa.mask, strict=True):
-                if mask.sum() > 1:
-                    row += mask * 0.01 * torch.randn(len(row))
+            dwa.alpha += dwa.mask * 0.01 * torch.randn(dwa.alpha.shape)
         return dwa.to(device)
 
     dwas = {"plain": make("none")}
@@ -171,44 +170,61 @@ def peak_memory(function, device):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the numbers that operations read and write, in tensors of at least N numbers."""
+    """Counts the bytes that operations read and write, in tensors of at least N numbers, and the
+    operations on these tensors, each of which is about one kernel launch on a GPU.
+
+    (A baddbmm with another output than its start is one more: it copies the start first.)
+    """
 
     def __init__(self, N):
         super().__init__()
-        self.N, self.moved = N, 0
+        self.N, self.bytes, self.launches = N, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
-        if not func.is_view and not name.startswith(("empty", "new_empty", "_unsafe_view")):
+        if not func.is_view and not name.startswith(
+            ("empty", "new_empty", "_unsafe_view", "resize")
+        ):
             reads = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
-            if name == "copy_":
+            if name in ("copy_", "fill_", "zero_"):
                 reads = reads[1:]
+            moved = 0
             for tensor in (*reads, *(out if isinstance(out, list | tuple) else [out])):
                 if isinstance(tensor, Tensor):
                     # what is expanded is there once
                     shape = zip(tensor.shape, tensor.stride(), strict=True)
                     numbers = math.prod(size for size, stride in shape if stride)
-                    self.moved += numbers if numbers >= self.N else 0
+                    moved += numbers * tensor.itemsize if numbers >= self.N else 0
+            self.bytes += moved
+            self.launches += (moved > 0) + (name == "baddbmm")
         return out
 
 
-def activations_moved(dwa):
-    """Activations that a DWA reads and writes, forward and backward, counted on a small one."""
-    x = torch.randn(1, 64, 256, requires_grad=True)
-    cpu = type(dwa)(DenseFormerConfig(n_layer=len(dwa.sources), dwa=dwa_pattern(dwa.mask)))
-    cpu.impl, cpu.tile_rows = dwa.impl, dwa.tile_rows
+def count_traffic(dwa, dtype):
+    """Activations that a DWA reads and writes, in bytes of `dtype`, and its kernel launches, both
+    as (forward, backward), counted on a small one."""
+    x = torch.randn(1, 64, 256).to(dtype).requires_grad_()
+    cpu, counts = type(dwa)(dwa.n_layer, dwa.pattern, dwa.impl), []
     with Traffic(x.numel()) as traffic:
-        dwa_pass(cpu, x)
-    return traffic.moved / x.numel()
+        y = dwa_forward(cpu, x)
+        counts.append((traffic.bytes, traffic.launches))
+        y.backward(x.detach())
+        counts.append((traffic.bytes - counts[0][0], traffic.launches - counts[0][1]))
+    return [count / x.nbytes for count, _ in counts], [launches for _, launches in counts]
+
+
+def dwa_forward(dwa, x):
+    """The DWA alone: every block is the identity."""
+    depth, y = dwa(x), x
+    for i in range(1, dwa.n_layer + 1):
+        y = depth.step(i, y)
+    return y
 
 
 def dwa_pass(dwa, x):
-    """Forward and backward of the DWA alone: every block is the identity."""
-    y, X = dwa.start(x)
-    for i in range(1, len(dwa.sources) + 1):
-        y = dwa(i, y, X)
-    y.backward(x.detach())
+    """Forward and backward of the DWA alone."""
+    dwa_forward(dwa, x).backward(x.detach())
     x.grad = dwa.alpha.grad = None
 
 
@@ -361,20 +377,21 @@ def main(argv=None):
     bar.close()
     copy = numbers["copy_bandwidth"] = bandwidth(device)
     print(
-        "| DWA alone | forward + backward, ms | x naive | activations moved | GB/s | of copy |\n"
-        "|---|---|---|---|---|---|"
+        "| DWA alone | forward + backward, ms | x naive | activations moved | GB/s | of copy "
+        "| launches a block, forward + backward |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for row in tasks:
-        moved = activations_moved(dwas[row])
-        rate = moved * N * dtype.itemsize / statistics.median(times[row])
-        numbers[f"moved {row}"], numbers[f"rate {row}"] = moved, rate
-        milliseconds, against = (
-            1000 * statistics.median(times[row]),
-            ratio(times, row, "1x1 naive"),
-        )
+        moved, launches = count_traffic(dwas[row], dtype)
+        rate = sum(moved) * N * dtype.itemsize / statistics.median(times[row])
+        numbers[f"moved {row}"], numbers[f"launches {row}"] = moved, launches
+        numbers[f"rate {row}"] = rate
+        milliseconds = 1000 * statistics.median(times[row])
+        against = ratio(times, row, "1x1 naive")
+        up, down = (n / config.n_layer for n in launches)
         print(
-            f"| {row} | {milliseconds:.1f} | {against:.3f} | {moved:,.0f} | {rate / 1e9:.1f} | "
-            f"{rate / copy:.0%} |"
+            f"| {row} | {milliseconds:.1f} | {against:.3f} | {sum(moved):,.0f} | {rate / 1e9:.1f} "
+            f"| {rate / copy:.0%} | {up:.1f} + {down:.1f} |"
         )
     print(f"the machine's own copy: {copy / 1e9:.1f} GB/s\n")
     reached = {}

@@ -209,7 +209,7 @@ def side_by_side(tokens, block_size, most):
 # -----------------------------------------------------------------------------
 # Checkpoints
 
-FORMAT = "denseformer-1"
+FORMAT = "denseformer-2"
 
 
 class CheckpointError(Stop):
@@ -252,7 +252,10 @@ def load_checkpoint(path: Path) -> dict:
     except Exception:  # a damaged archive can fail in any way
         raise CheckpointError(f"{path} is damaged, or no checkpoint of DenseFormer") from None
     if written != FORMAT:
-        raise CheckpointError(f"{path} has the format {written!r}, not {FORMAT!r}")
+        raise CheckpointError(
+            f"{path} has the format {written!r}, which another version of this program wrote, not "
+            f"{FORMAT!r}: train the model again, or use that version"
+        )
     return checkpoint
 
 

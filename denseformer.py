@@ -1,31 +1,31 @@
 """
-DenseFormer: a GPT in which every block reads a learned average of all that came before it.
+DenseFormer: a GPT in which every block reads a learned average of everything before it.
 
 Source: Pagliardini, Mohtashami, Fleuret, Jaggi, "DenseFormer: Enhancing Information Flow in
 Transformers via Depth Weighted Averaging", arXiv 2402.02622. With X_0 the token embedding and
 B_i the i-th Transformer block,
 
-    X_i = B_i(Y_{i-1})                               what block i computes
+    X_i = B_i(Y_{i-1})                               output of block i
     Y_i = sum over j = 0..i of alpha[i, j] * X_j     depth-weighted average (DWA); Y_0 = X_0
     logits = head(norm(Y_L))
 
-The alphas are learned scalars, the same for every token and every channel: L(L+3)/2 of them,
-1,224 for 48 blocks. They start as the identity, so an untrained DenseFormer is exactly the
-plain Transformer of the same weights.
+The alphas are learned scalars shared by all tokens and channels: L(L+3)/2 of them, 1,224 for 48
+blocks. They start as the identity, so an untrained DenseFormer is exactly the plain Transformer
+with the same weights.
 
-What is notable here:
-- all DWAs of the model are one matrix, alpha, and one mask; a sparse DWA is a sparser mask
-- the plain Transformer is the same code with dwa="none"
+Notable here:
+- DWA is a module of its own; three lines put it into any residual network
+- all DWAs of a model are one matrix, alpha; a sparsity pattern is a mask on that matrix
+- the plain Transformer is the same model with dwa="none"
 - the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
-- generation keeps a key-value cache and can be streamed, a token at a time
+- the in-place DWA, last in this file, moves a twelfth of the memory that the formula moves
 
-In the comments B is sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
+Comments use B for sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
 """
 
 import math
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -36,222 +36,210 @@ from torch.nn import functional as F
 
 @dataclass
 class DenseFormerConfig:
-    """The shape of a model. The defaults are the paper's: 48 blocks, GPT-2's vocabulary.
+    """The shape of a model. The defaults are the paper's 48-block model.
 
-    Raises ValueError, with a sentence that names the field, where there is no such model.
+    Raises ValueError, naming the field, for values that do not make a model.
     """
 
     vocab_size: int = 50304  # GPT-2's 50,257 tokens, rounded up to a multiple of 64 for speed
-    block_size: int = 256  # the most tokens of context
+    block_size: int = 256  # maximum context length
     n_layer: int = 48
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = False  # in the linear layers and the norms
-    dwa: str = "1x1"  # which weights there are, see dwa_mask; "none" is the plain Transformer
-    dwa_impl: str = "inplace"  # or "naive": the same, as the formula stands
+    bias: bool = False  # in the linear layers and norms
+    dwa: str = "1x1"  # sparsity pattern, see dwa_rows; "none" is the plain Transformer
+    dwa_impl: str = "inplace"  # or "naive": the same result, computed as the formula is written
     skip_gains: bool = False  # a learned scale on each skip connection, the paper's other baseline
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.n_embd // self.n_head % 2:
+        if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise ValueError("vocab_size, block_size, n_layer, n_head, n_embd must be at least 1")
+        if self.n_embd % (2 * self.n_head):  # rotary positions rotate pairs of channels in a head
             raise ValueError(
-                f"n_embd / n_head must be even, since rotary positions turn pairs of channels; "
-                f"{self.n_embd} / {self.n_head} is {self.n_embd // self.n_head}"
+                f"n_embd {self.n_embd} is not a multiple of 2 n_head, {2 * self.n_head}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.dwa_impl not in ("inplace", "naive"):
-            raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {self.dwa_impl!r}")
-        dwa_mask(self.dwa, self.n_layer)  # raises for a pattern that it does not know
+        DWA(self.n_layer, self.dwa, self.dwa_impl)  # raises for an unknown pattern
 
 
 # -----------------------------------------------------------------------------
 # Depth-weighted averages
 
 
-def dwa_mask(pattern: str, n_layer: int) -> Tensor:
-    """Which entries alpha has, as a bool matrix of (n_layer, n_layer + 1).
+def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
+    """Return, for each DWA i = 1..n_layer, the sorted j of the X_j that it reads.
 
-    Row i-1 is the DWA after block i and column j is X_j. The patterns are
+    A row without entries has no DWA: Y_i = X_i. The patterns are
 
-        kxp, as 4x5      dilation k and period p (section 3.2): after block i there is a DWA only
-                         where p divides i, and it sees only X_j with j = i (mod k)
+        kxp, as 4x5      dilation k and period p (section 3.2): a DWA after every p-th block,
+                         which reads every k-th X back from X_i
         lastK, as last4  the last K outputs and X_0
         connect-to-last  one DWA, after the last block
-        i:j,j,j          a DWA after block i that sees these X_j and no others
+        i:j,j,j          a DWA after block i that reads these X_j
         none             no DWA
 
-    and, joined by +, all that any of them has: last2+12x1. A row that no part names has only its
-    diagonal, which is no DWA: Y_i = X_i. Raises ValueError for other patterns.
+    and unions of these, joined by +, as in last2+12x1. Raises ValueError for other patterns.
     """
-    i = torch.arange(1, n_layer + 1).unsqueeze(1)  # (L, 1)
-    j = torch.arange(n_layer + 1)  # (L + 1)
-    causal = j <= i
-    mask = torch.zeros_like(causal)
+    causal = [(i, j) for i in range(1, n_layer + 1) for j in range(i + 1)]
+    reads: set[tuple[int, int]] = set()  # all (i, j) for which DWA i reads X_j
     for part in pattern.split("+"):
         if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part):
             k, p = map(int, match.groups())
-            mask |= causal & (i % p == 0) & ((i - j) % k == 0)
+            reads |= {(i, j) for i, j in causal if i % p == 0 and (i - j) % k == 0}
         elif match := re.fullmatch(r"last([1-9]\d*)", part):
-            mask |= causal & ((i - j < int(match[1])) | (j == 0))
+            reads |= {(i, j) for i, j in causal if i - j < int(match[1]) or j == 0}
         elif part == "connect-to-last":
-            mask |= causal & (i == n_layer)
+            reads |= {(i, j) for i, j in causal if i == n_layer}
         elif match := re.fullmatch(r"(\d+):(\d+(?:,\d+)*)", part):
-            row = int(match[1])
-            for column in map(int, match[2].split(",")):
-                if not 1 <= row <= n_layer:
-                    raise ValueError(f"dwa {part!r}: there is no block {row} among {n_layer}")
-                if column > row:
-                    raise ValueError(f"dwa {part!r}: X_{column} comes after block {row}")
-                mask[row - 1, column] = True
+            row = {(int(match[1]), int(j)) for j in match[2].split(",")}
+            if not row <= set(causal):
+                raise ValueError(f"dwa {part!r}: i must be in 1..{n_layer} and every j in 0..i")
+            reads |= row
         elif part != "none":
             raise ValueError(
                 f"dwa must be none, dilation x period such as 1x1 or 4x5, last4, connect-to-last, "
                 f"single rows such as 24:0,12,24, or several of these joined by +; not {part!r}"
             )
-    return mask | ((i == j) & ~mask.any(dim=1, keepdim=True))
-
-
-def trained(mask: Tensor) -> Tensor:
-    """The entries of a DWA's mask that are alphas: all but those of rows that are no DWA."""
-    diagonal = torch.eye(len(mask) + 1, dtype=torch.bool, device=mask.device)[1:]
-    return mask & mask.ne(diagonal).any(dim=1, keepdim=True)
+    return [[j for j in range(i + 1) if (i, j) in reads] for i in range(1, n_layer + 1)]
 
 
 def dwa_pattern(mask: Tensor) -> str:
-    """The pattern that dwa_mask makes this mask of, DWA by DWA: 5:1,5+10:2,6,10."""
-    rows = enumerate((row.nonzero().flatten().tolist() for row in trained(mask)), start=1)
-    dwas = (f"{i}:{','.join(map(str, row))}" for i, row in rows if row)
-    return "+".join(dwas) or "none"
+    """Return the pattern of a mask such as DWA.mask, row by row: 5:1,5+10:2,6,10."""
+    rows = enumerate((row.nonzero().flatten().tolist() for row in mask), start=1)
+    return "+".join(f"{i}:{','.join(map(str, row))}" for i, row in rows if row) or "none"
 
 
 class DWA(nn.Module):
-    """Every depth-weighted average of a model: one matrix `alpha`, one `mask`, both (L, L + 1).
+    """All depth-weighted averages of a network of n_layer blocks, in three lines:
 
-    alpha is float32 and always is the whole linear map from X to Y. Of its entries, those
-    outside the mask are 0 and those of a row without a DWA are the identity; neither is ever
-    trained. A pass through the depth of the model is
+        self.dwa = DWA(n_layer, "4x5")     in __init__
+        depth = self.dwa(x)                in forward; x is X_0, of any shape (..., C)
+        x = depth.step(i, block(x))        for i = 1..n_layer: X_i -> Y_i
 
-        Y_0, X = dwa.start(X_0)
-        Y_i = dwa(i, X_i, X)      for i = 1..L
+    `alpha` is the only parameter, (n_layer, n_layer + 1): row i-1 is the DWA after block i, column
+    j is X_j. Its entries in `mask` are trained; the others are never read. Calling the module
+    begins a pass through the depth, which alone remembers X, and is the only time alpha is read.
 
-    where X is all that this pass remembers. The module itself remembers nothing of it.
-
-    dwa_impl "naive" is the formula as it stands; "inplace" computes the same with a fraction of
-    the memory traffic. Masks of few entries have little to save and take the naive way.
+    impl "naive" computes the formula as written. impl "inplace" computes the same with a fraction
+    of the memory traffic, but can go backward only once and has no second derivatives. It takes
+    the naive path where that is faster, for masks with few entries, and in torch.compile or
+    torch.export. Raises ValueError for an unknown pattern or impl.
     """
 
-    mask: Tensor
-
-    def __init__(self, config: DenseFormerConfig):
+    def __init__(self, n_layer: int, pattern: str = "1x1", impl: str = "inplace"):
         super().__init__()
-        L = config.n_layer
-        self.impl = config.dwa_impl
-        self.tile_rows: int | None = None  # of the in-place way, which chooses unless it is set
-        self.alpha = nn.Parameter(torch.eye(L + 1)[1:].clone())  # alpha[i, i] = 1: Y_i = X_i
-        self.register_buffer("mask", torch.eye(L + 1, dtype=torch.bool)[1:].clone())
-        self.set_mask(dwa_mask(config.dwa, L))
+        if impl not in ("inplace", "naive"):
+            raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {impl!r}")
+        self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
+        self.rows = dwa_rows(pattern, n_layer)
+        # Made from the pattern and kept on the CPU, these are no buffers: they are not loaded, and
+        # a model built on the meta device has them too.
+        mask = [[j in row for j in range(n_layer + 1)] for row in self.rows]
+        self._mask = torch.tensor(mask, device="cpu")
+        self._identity = torch.eye(n_layer + 1, dtype=torch.bool, device="cpu")[1:]
+        self._identity = self._identity & ~self._mask.any(dim=1, keepdim=True)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.alpha = nn.Parameter(torch.empty(n_layer, n_layer + 1, dtype=dtype))
+        self.alpha.requires_grad_(any(self.rows))
+        self.reset_parameters()
 
     @torch.no_grad()
-    def set_mask(self, mask: Tensor):
-        """Keep only the entries of alpha in `mask`, a bool matrix of (n_layer, n_layer + 1).
+    def reset_parameters(self):
+        """Make Y_i = X_i, or the newest X that DWA i reads if it does not read X_i."""
+        self.alpha.zero_()
+        for i, row in enumerate(self.rows, start=1):
+            self.alpha[i - 1, row[-1] if row else i] = 1
 
-        Raises ValueError where no DWA has such a mask.
-        """
-        if mask.shape != self.mask.shape or mask.triu(2).any() or not mask.any(dim=1).all():
-            raise ValueError(
-                f"a DWA mask of this model has the shape {tuple(self.mask.shape)}, nothing above "
-                f"the diagonal (column i of row i-1) and at least one entry in each row"
-            )
-        self.mask.copy_(mask)
-        self._read_mask()
-        self.alpha.requires_grad_(bool(self.needed))
-        self.alpha.mul_(self.mask)
-        for i, sources in enumerate(self.sources):
-            if not sources:
-                self.alpha[i, i + 1] = 1  # no DWA: Y_i = X_i
-            elif not self.alpha[i].any():
-                self.alpha[i, sources[-1]] = 1  # without X_i it begins as the newest X there is
+    @property
+    def mask(self) -> Tensor:
+        """The trained entries of alpha: bool, (n_layer, n_layer + 1)."""
+        return self._mask.to(self.alpha.device, non_blocking=True)
 
-    def _read_mask(self):
-        # The mask as Python lists, so that a forward pass never waits for the device: for each row
-        # its columns j, and none at all where the diagonal is alone, which is no DWA.
-        self.sources = [row.nonzero().flatten().tolist() for row in trained(self.mask.cpu())]
-        self.needed = set().union(*self.sources)  # the j of those X_j that some DWA reads
-        # The in-place way moves the same memory for any mask: what the naive one does for one of
-        # 2.5 L entries.
-        self.in_place_pays = self.num_params() >= 2.5 * len(self.sources)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        had = bool(self.needed)
-        super()._load_from_state_dict(*args, **kwargs)
-        self._read_mask()
-        if bool(self.needed) != had:  # else alphas that somebody froze stay frozen
-            self.alpha.requires_grad_(not had)
+    def weights(self) -> Tensor:
+        """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
+        rows without a DWA, and 0 elsewhere."""
+        identity = self._identity.to(self.alpha.device, non_blocking=True)
+        return torch.where(self.mask, self.alpha, identity)
 
     def num_params(self) -> int:
-        """The number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
-        return sum(map(len, self.sources))
+        """Return the number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
+        return sum(map(len, self.rows))
 
     def sparsity(self) -> float:
-        """The share of the weights of earlier X that the mask lacks: 0 for 1x1, 1 for none."""
-        L = len(self.sources)
-        earlier = self.mask.tril(0).sum().item()  # the diagonal, of X_i itself, does not count
-        return 1 - earlier / (L * (L + 1) // 2)
+        """Return the share of the X_j with j < i that the DWAs leave out: 0 for 1x1, 1 for none."""
+        earlier = sum(j < i for i, row in enumerate(self.rows, start=1) for j in row)
+        return 1 - earlier / (self.n_layer * (self.n_layer + 1) // 2)
 
-    def start(self, x: Tensor) -> "tuple[Tensor, dict[int, Tensor] | InPlacePass]":
-        """Begin a pass with X_0, of (B, T, C); returns Y_0 and the memory of this pass."""
-        if self.impl == "inplace" and self.in_place_pays:
-            X = InPlacePass(self, x)
-            return X.step(0, x), X
-        return x, {0: x}
+    def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
+        """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
+        with torch.enable_grad():  # alpha learns even if the first blocks run under no_grad
+            # Row i is DWA i from here on. Rows of a multiple of 8 numbers suit tensor cores.
+            alpha = F.pad(self.weights(), (0, -(self.n_layer + 1) % 8, 1, 0))
+        # In-place traffic does not depend on the mask. It equals naive traffic at about 2.5 entries
+        # per block, so sparser masks take the naive path.
+        dense = self.num_params() >= 2.5 * self.n_layer
+        if self.impl == "inplace" and dense and not torch.compiler.is_compiling():
+            return InPlacePass(alpha, x)
+        return NaivePass(alpha, self.rows, x)
 
-    def forward(self, i: int, x: Tensor, X: "dict[int, Tensor] | InPlacePass") -> Tensor:
-        """Take X_i, the output of block i = 1..L; return Y_i. Both are (B, T, C)."""
-        if isinstance(X, InPlacePass):
-            return X.step(i, x)
-        if i in self.needed:
-            X[i] = x
-        if not self.sources[i - 1]:
-            return x
-        # Y_i = sum over j of alpha[i, j] X_j, with the paper's row i in row i - 1 here. The sum is
-        # kept in float32 at least, whatever the activations are.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        alpha = self.alpha[i - 1].to(dtype)
-        terms = [alpha[j] * X[j].to(dtype) for j in self.sources[i - 1]]
-        return sum(terms[1:], terms[0]).to(x.dtype)
+
+class NaivePass:
+    """The formula as written; the gradients are left to autograd."""
+
+    def __init__(self, alpha: Tensor, rows: list[list[int]], x: Tensor):
+        self.alpha, self.rows = alpha.to(x.dtype), rows
+        self.read = set().union(*rows)  # the j of all X_j that some DWA reads
+        self.X = {0: (x, version(x))}
+
+    def step(self, i: int, x: Tensor) -> Tensor:
+        """Take X_i, for i = 1..L in this order; return Y_i, of the same shape."""
+        if i in self.read:
+            self.X[i] = x, version(x)
+        row = self.rows[i - 1]
+        for j in row:  # where there is no DWA, Y_j is the tensor X_j, and a block may write to it
+            if j not in self.X or version(self.X[j][0]) != self.X[j][1]:
+                raise RuntimeError(f"DWA {i} reads X_{j}, but step {j} was skipped or X_{j} has "
+                                   f"been modified in place since")  # fmt: skip
+        terms = [self.alpha[i, j] * self.X[j][0] for j in row]  # Y_i = sum over j of these
+        return sum(terms[1:], terms[0]).to(x.dtype) if row else x
+
+
+def version(x: Tensor) -> int:
+    """Return the number of in-place operations on x, where autograd counts them."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 # -----------------------------------------------------------------------------
-# The Transformer around it
+# The Transformer
 
 
-def rotary_angles(head_size: int, block_size: int, base: float = 10000.0) -> Tensor:
-    """cos and sin of the rotary angles, (2, block_size, head_size / 2), float32.
+def rotary_angles(start: int, T: int, head_size: int, x: Tensor) -> Tensor:
+    """Return cos and sin of the rotary angles for positions start..start+T-1, on x's device.
 
-    Channel pair m of position t turns by t * base^(-2m / head_size) (arXiv 2104.09864).
+    (2, T, head_size / 2), in float32 at least. Channel pair m of position t is rotated by
+    t * 10000^(-2m / head_size) (arXiv 2104.09864). They are cheap enough to compute in each
+    forward pass, so there is no table to load, move or keep in the right dtype.
     """
-    frequency = base ** (-torch.arange(0, head_size, 2).float() / head_size)
-    angle = torch.outer(torch.arange(block_size).float(), frequency)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    m = torch.arange(head_size // 2, device=x.device, dtype=dtype)
+    t = torch.arange(start, start + T, device=x.device, dtype=dtype).unsqueeze(1)
+    angle = t * 10000.0 ** (-2 * m / head_size)
     return torch.stack((angle.cos(), angle.sin()))
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn the channel pairs (m, m + head_size/2) of x, (..., T, head_size), by position."""
+    """Rotate the channel pairs (m, m + head_size/2) of x, (..., T, head_size), by position."""
     cos, sin = rotary
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).to(x.dtype)
 
 
 class KVCache:
-    """The keys and values of the tokens read so far, for generation a token at a time.
+    """The keys and values of all tokens so far, for generation token by token.
 
-    Room for block_size tokens of B sequences in every layer; `length` says how many are there.
+    Holds up to block_size tokens of B sequences for every layer; `length` is the current number.
     """
 
     def __init__(self, config: DenseFormerConfig, B: int, device: torch.device, dtype: torch.dtype):
@@ -274,13 +262,14 @@ class CausalSelfAttention(nn.Module):
         """x is (B, T, C). kv is (2, B, n_head, block_size, head_size) and holds `past` tokens."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2 and 1, B, n_head, T, head_size)
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2 or 1, B, n_head, T, head_size)
         (q, k), v = rotate(qk, rotary), v[0]
         if kv is not None:
             kv[0, :, :, past : past + T], kv[1, :, :, past : past + T] = k, v
             k, v = kv[:, :, :, : past + T]
-        # Token t sees the keys up to past + t. With no past that is the kernel's own causal mask,
-        # and a single token sees everything; only several tokens after a past need a mask written.
+        # Token t attends to the keys up to past + t. Without a past that is the kernel's causal
+        # mask, and a single token attends to everything; only several tokens after a past need an
+        # explicit mask.
         mask = None
         if past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
@@ -303,7 +292,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """B_i of the paper: attention, then an MLP, each reading a norm and added to its input."""
+    """B_i of the paper: attention, then an MLP, each with a pre-norm and a skip connection."""
 
     def __init__(self, config: DenseFormerConfig):
         super().__init__()
@@ -318,7 +307,7 @@ class Block(nn.Module):
 
 
 class GainBlock(Block):
-    """A block whose two skip connections have a learned scale: "skips with gains"."""
+    """A block with a learned scale on each of its two skip connections: "skips with gains"."""
 
     def __init__(self, config: DenseFormerConfig):
         super().__init__(config)
@@ -330,21 +319,20 @@ class GainBlock(Block):
 
 
 class Loss(nn.Module):
-    """Mean cross-entropy in nats, in float32; a target of -1 does not count.
+    """Mean cross-entropy in nats, computed in float32 at least; targets of -1 are ignored.
 
-    A module, to be compiled by itself: then the float32 logits are never in memory, which with
-    GPT-2's vocabulary saves three fifths of what the loss takes.
+    A module so that it can be compiled by itself: the float32 logits then never reach memory,
+    which with GPT-2's vocabulary saves three fifths of what the loss takes.
     """
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B, T, V), (B, T) -> ()"""
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
 
 class DenseFormer(nn.Module):
     """The whole model: token embedding, L blocks with their DWAs, norm, output head."""
-
-    rotary: Tensor
 
     def __init__(self, config: DenseFormerConfig):
         super().__init__()
@@ -353,27 +341,22 @@ class DenseFormer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         block = GainBlock if config.skip_gains else Block
         self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
-        self.dwa = DWA(config)
-        self.loss = Loss()
+        self.dwa = DWA(config.n_layer, config.dwa, config.dwa_impl)
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight  # tied: one matrix reads tokens and predicts them
-        rotary = rotary_angles(config.n_embd // config.n_head, config.block_size)
-        self.register_buffer("rotary", rotary, persistent=False)
+        self.loss = Loss()
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialisation.
+        """Initialise as GPT-2 does.
 
-        weight                                  drawn from
-        embedding (and so the head), c_attn,
-          c_fc                                  normal, std 0.02
-        c_proj of attention and MLP             normal, std 0.02 / sqrt(2 L): 2 L of them add up
-                                                in the residual stream
-        norms                                   gain 1
-        biases, where there are any             0
-        alpha                                   the identity (set by DWA)
+        weight                                     drawn from
+        embedding (and so the head), c_attn, c_fc  normal, std 0.02
+        c_proj of attention and MLP                normal, std 0.02 / sqrt(2 L), since 2 L of them
+                                                   add up in the residual stream
+        norms                                      gain 1
+        biases, if any                             0
+        alpha                                      the identity, see DWA.reset_parameters
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -384,51 +367,61 @@ class DenseFormer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def compile(self, **options):
-        """torch.compile(**options) one block, for all are alike, and the loss; the rest is eager.
+        """torch.compile(**options) each block, which all share one graph, and the loss.
 
-        So it takes no longer for a deep model than for a shallow one.
+        The rest runs eagerly. So a deep model compiles as fast as a shallow one.
         """
         for module in (*self.blocks, self.loss):
             module.compile(**options)
 
     def num_params(self) -> int:
-        """The number of trained scalars; the tied embedding counts once, a masked alpha never."""
+        """Return the number of trained scalars; masked alphas do not count."""
         others = sum(p.numel() for p in self.parameters()) - self.dwa.alpha.numel()
         return others + self.dwa.num_params()
 
     def flops_per_token(self) -> float:
-        """FLOPs of training on one token: forward, and twice that backward.
+        """Return the training FLOPs per token: the forward pass, and twice that for the backward.
 
-        Two for each weight, and 2 T C in each block for the two products of causal attention,
-        which see T / 2 tokens on average.
+        Forward, each weight takes 2, and the two products of causal attention 2 T C per block,
+        since a token attends to T / 2 tokens on average.
         """
         c = self.config
         return 3 * (2 * self.num_params() + 2 * c.n_layer * c.block_size * c.n_embd)
 
+    def activation_dtype(self) -> torch.dtype:
+        """Return the dtype of the residual stream: autocast's where that is on."""
+        device = self.wte.weight.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.wte.weight.dtype
+
+    def lm_head(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., V). Tied: the embedding both reads and predicts tokens."""
+        return F.linear(x, self.wte.weight)
+
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits and loss. idx: token ids, (B, T); targets: the tokens that follow, (B, T).
+        """Return logits and loss for token ids idx, (B, T).
 
-        With targets: logits of (B, T, V) and the mean cross-entropy in nats, a target of -1
-        not counting. Without: logits of the last position only, (B, 1, V), and None. With a
-        cache, which needs torch.no_grad, idx continues the tokens that are in it. Raises
-        ValueError for more tokens than block_size.
+        With targets, the following token ids, (B, T): logits of (B, T, V) and the mean
+        cross-entropy in nats; targets of -1 are ignored. Without: logits of the last position
+        only, (B, 1, V), and None. With a cache, which needs torch.no_grad, idx continues the
+        tokens in the cache. Raises ValueError for more tokens than block_size.
         """
         T = idx.size(1)
         past = cache.length if cache else 0
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens are more than block_size {self.config.block_size}")
-        rotary = self.rotary[:, past : past + T]
 
         x = self.drop(self.wte(idx))  # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type):
-            # The residual stream in 16 bits too: it is what a DWA reads, so half the bytes.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        x, X = self.dwa.start(x)  # Y_0 = X_0
+        # The DWAs read and write the residual stream, so under autocast it has 16 bits too.
+        x = x.to(self.activation_dtype())
+        rotary = rotary_angles(past, T, self.config.n_embd // self.config.n_head, x)
+        depth = self.dwa(x)  # x is X_0
         for i, block in enumerate(self.blocks, start=1):
             x = block(x, rotary, cache.layers[i - 1] if cache else None, past)  # X_i = B_i(Y_{i-1})
-            x = self.dwa(i, x, X)  # Y_i = sum_j alpha[i, j] X_j
+            x = depth.step(i, x)  # Y_i = sum over j of alpha[i, j] X_j
         if cache:
             cache.length += T
 
@@ -444,15 +437,14 @@ class DenseFormer(nn.Module):
         betas: tuple[float, float] = (0.9, 0.95),
         optimizer: str = "adamw",
     ) -> list[torch.optim.Optimizer]:
-        """The optimizers to step together: AdamW, or Muon for the blocks' matrices and AdamW.
+        """Return the optimizers to step: AdamW, or Muon for the matrices in the blocks and AdamW.
 
-        Weights that multiply activations, the matrices of the blocks and the embedding, decay.
-        Norms and biases do not, nor does alpha: decay pulls towards 0, and for alpha[i, i],
-        which starts at 1 as the skip connection of the whole depth, 0 is no simpler model but a
-        broken one. (The authors' experiments did decay it.)
+        Matrices and the embedding decay, norms and biases do not. Nor does alpha: its diagonal is
+        1 at first, and pulling that towards 0 would break the skip connection through the depth.
+        (The authors' experiments did decay it.)
 
-        Muon (torch.optim.Muon, torch 2.9 or later) is scaled so that AdamW's learning rate and
-        weight decay suit it (arXiv 2502.16982). Raises ValueError where torch lacks it.
+        Muon (torch.optim.Muon, torch 2.9 or later) is scaled to suit AdamW's learning rate and
+        weight decay (arXiv 2502.16982). Raises ValueError where torch does not have it.
         """
         if optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', not {optimizer!r}")
@@ -460,15 +452,15 @@ class DenseFormer(nn.Module):
         matrices = [p for p in self.parameters() if p.dim() >= 2 and p is not alpha]
         vectors = [p for p in self.parameters() if p.dim() < 2 or p is alpha]
         optimizers: list[torch.optim.Optimizer] = []
+        if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")
         if optimizer == "muon":
-            if not hasattr(torch.optim, "Muon"):
-                raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")
-            inner = {id(p) for p in self.blocks.parameters()}
-            muon = [p for p in matrices if id(p) in inner]
+            in_blocks = {id(p) for p in self.blocks.parameters()}
+            muon = [p for p in matrices if id(p) in in_blocks]
             optimizers.append(
                 torch.optim.Muon(muon, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
             )
-            matrices = [p for p in matrices if id(p) not in inner]
+            matrices = [p for p in matrices if id(p) not in in_blocks]
         groups = [
             {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -490,12 +482,13 @@ class DenseFormer(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Continue idx, (B, T) token ids; yield max_new_tokens times the next token ids, (B, 1).
+        """Continue token ids idx, (B, T); yield the next ids, (B, 1), max_new_tokens times.
 
-        Each token is drawn from softmax(logits / temperature), of which only the top_k most
-        likely and the smallest set with probability top_p remain, where these are given;
-        temperature 0 takes the most likely one. Raises ValueError, when the first token is asked
-        for, for an empty idx or for settings out of range.
+        Each token is drawn from softmax(logits / temperature), restricted to the top_k most likely
+        tokens and to the smallest set with probability top_p, where these are given; temperature 0
+        takes the most likely token. The draw uses the CPU and its generator, so the same seed
+        gives the same text on any device. Raises ValueError, when the first token is requested,
+        for an empty idx or a setting out of range.
         """
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"a prompt is (B, T) token ids, at least one; not {tuple(idx.shape)}")
@@ -512,28 +505,22 @@ class DenseFormer(nn.Module):
             cache = None
             for _ in range(max_new_tokens):
                 if cache is None or cache.length == block_size:
-                    # Start, or the window is full and slides by one token. The old keys and values
-                    # cannot stay: above the first block they have read the token that now leaves.
-                    # So past block_size each token costs a whole window. Rotary positions restart
-                    # at 0, which changes nothing, for only their differences matter.
+                    # At the start, or when the window is full and slides by one token. Then the
+                    # cache is of no use: above the first block, its keys and values have read the
+                    # token that leaves. So past block_size each token costs a whole window. Rotary
+                    # positions restart at 0; only their differences matter.
                     new = idx[:, -block_size:]
                     cache = KVCache(self.config, idx.size(0), idx.device, self.activation_dtype())
                 logits, _ = self(new, cache=cache)
-                new = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)
+                new = sample(logits[:, -1], temperature, top_k, top_p, generator)
                 idx = torch.cat((idx[:, -block_size:], new), dim=1)
                 yield new
         finally:
             self.train(training)
 
     def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:
-        """idx, (B, T), and the max_new_tokens that follow it; the arguments are those of stream."""
+        """Return idx, (B, T), with max_new_tokens more; the other arguments are those of stream."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
-
-    def activation_dtype(self) -> torch.dtype:
-        device = self.wte.weight.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return self.wte.weight.dtype
 
 
 def sample(
@@ -543,43 +530,44 @@ def sample(
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Draw one token id a row from logits, (B, V) -> (B, 1). See DenseFormer.stream."""
+    """Draw a token id for each row of logits, (B, V) -> (B, 1). See DenseFormer.stream."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    # Most likely first, so that what top_k and top_p drop is a tail.
-    logits, order = logits.sort(dim=-1, descending=True)
-    logits = logits - logits[:, :1]  # no overflow below, however low the temperature
+    # Most likely first, so that top_k and top_p cut off a tail.
+    logits, ids = logits.float().sort(dim=-1, descending=True)
+    logits = logits - logits[:, :1]  # the most likely token stays at 0 for any temperature
+    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None:
         logits[:, top_k:] = -math.inf
-    probs = F.softmax(logits / temperature, dim=-1)
+    probs = F.softmax(logits, dim=-1)
     if top_p is not None:
-        before = probs.cumsum(dim=-1) - probs  # the probability of all that are more likely
-        probs[before >= top_p] = 0  # multinomial rescales what is left
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))
+        before = probs.cumsum(dim=-1) - probs  # the probability of all more likely tokens
+        probs[:, 1:][before[:, 1:] >= top_p] = 0  # multinomial rescales the rest
+    drawn = torch.multinomial(probs.cpu(), 1, generator=generator)
+    return ids.gather(1, drawn.to(ids.device))
 
 
 # -----------------------------------------------------------------------------
 # In-place DWA
 #
-# A DWA does almost no arithmetic: its cost is memory traffic. Let an activation be
-# N = B T C numbers and count activations read or written, for 1x1 and L blocks. The formula reads
-# i + 1 of them for Y_i, about L^2/2 in all, and autograd's backward reads and rewrites several
-# times that, for row i adds its share to the gradient of every earlier X. Three ideas:
+# DWA does almost no arithmetic; its cost is memory traffic. Count activations read or written, for
+# the 1x1 pattern and L blocks. The formula reads i + 1 of them for Y_i, about L^2/2 in all, and
+# autograd's backward reads and rewrites several times that, since row i adds to the gradients of
+# all earlier X. Three ideas bring this down:
 #
-# 1. One buffer. Block i's output goes into row i of X, (L + 1, N), and Y_i is one product of a
-#    vector and a matrix, alpha[i, :i+1] @ X[:i+1]. (In memory the N numbers are cut into pages, and
-#    a page has its L + 1 rows together: a product then reads one region at a time, not L + 1.)
+# 1. One buffer. The output of block i becomes row i of X, and Y_i is one vector-matrix product,
+#    alpha[i, :i+1] @ X[:i+1].
 #
-# 2. The backward of a DWA is a DWA in reverse. With G_m = dLoss/dY_m,
+# 2. The backward of DWA is DWA in reverse. With G_m = dLoss/dY_m,
 #        dLoss/dX_j         = sum over m >= j of alpha[m, j] G_m
 #        dLoss/dalpha[m, j] = <G_m, X_j>
-#    When the backward pass comes to step j, it knows every G_m with m >= j. So keep the G and form
+#    The backward pass reaches step j knowing every G_m with m >= j, so it keeps the G and forms
 #    each dX_j once.
 #
-# 3. Tiles. The alphas of later rows are known before the rows are needed. On entering a tile, the
-#    rows lo..lo+b-1, one matrix product alpha[lo:lo+b, :lo] @ X[:lo] brings all its rows up to
-#    X_{lo-1}, reading each old X once instead of b times; then each row adds its newest terms, b at
-#    most:
+# 3. Tiles of b rows. All alphas are known before the first row is needed. On entering the tile of
+#    rows lo..lo+b-1, one matrix product alpha[lo:lo+b, :lo] @ X[:lo] computes what all its rows
+#    take from the older X, reading each of these once instead of b times. Then each row adds its
+#    newest terms, at most b:
 #
 #             j = 0 . . . . . . . lo . . L
 #        i = 1    = =                           = = =  row by row, inside its tile
@@ -587,150 +575,121 @@ def sample(
 #            lo   # # # # # # # # =             # # #  one product for the tile
 #            .    # # # # # # # # = =
 #
-#    Likewise in reverse for G, and dalpha is one product a tile. That makes L^2/(2b) + L b/2
-#    activations instead of L^2/2, least for b near sqrt(L). Once a tile's dalpha is formed nobody
-#    reads its X again, and its G take their place in the buffer.
+#    The same in reverse for G, and dalpha is one product per tile. This reads L^2/(2b) + L b/2
+#    activations instead of L^2/2, fewest for b near sqrt(L).
 #
-# What a mask lacks is a 0 in alpha. To pass over it hardly pays, for a tile reads an X if any row
-# of it does. A dilation k amounts to k interleaved DWAs of L/k rows each, which would move less
-# memory, but on a CPU they are slower than one of L rows: their products are smaller.
+# Once a tile's dalpha is formed, its X are no longer needed. So G_m is written b rows below X_m,
+# where it replaces an X of the tile after its own, and one buffer of L + 1 + b rows holds both.
+#
+# Every product is an ordinary batched matmul in the dtype of the activations, which accumulates
+# in float32, as every Linear under autocast does. The batch is S slices of the activations: they
+# keep all cores busy, and dalpha is a sum over slices, completed in float32.
 
-
-class InPlaceMemory:
-    """What one pass through the depth remembers: X on the way up, G on the way down."""
-
-    def __init__(self, dwa: DWA, x: Tensor):
-        L, N = len(dwa.sources), x.numel()
-        few = N < 1 << 14  # numbers: then the count of operations matters, not the traffic
-        # Rows of a tile: near sqrt(L), and what was fastest of the sizes tried.
-        self.b = dwa.tile_rows or (L + 1 if few else math.ceil(1.4 * math.sqrt(L + 1)))
-        # Sums are in float32 at least, whatever the activations are. (On a GPU that may take
-        # TensorFloat32 for it, as train.py allows, alpha has 11 significant bits.)
-        self.dtype = torch.promote_types(x.dtype, torch.float32)
-        self.alpha = torch.eye(L + 1, device=x.device, dtype=self.dtype)  # row i makes Y_i
-        self.alpha[1:] = dwa.alpha.detach()
-        self.mask = dwa.mask
-        self.dalpha = torch.zeros_like(self.alpha) if dwa.alpha.requires_grad else None
-        # A CPU multiplies matrices of one dtype only, so there X is converted once, when it comes.
-        stored = self.dtype if x.device.type == "cpu" else x.dtype
-        # A page has the rows of up to 16 tokens: X is (pages, L + 1, c).
-        self.pages = N // (x.size(-1) * math.gcd(N // x.size(-1), 16))
-        self.X = x.new_empty(self.pages, L + 1, N // self.pages, dtype=stored)
-        # What the rows of a tile get from outside it, and the G of a tile: both (pages, b, c).
-        self.partial = self.tile_G = self.X[:, :0]
-        # The steps of the backward pass: where it began, where it is, and where it will end.
-        self.top = L
-        self.last: int | None = None
-        self.lowest: int | None = None
-
-    def up(self, i: int, x: Tensor) -> Tensor:
-        """X_i -> Y_i."""
-        alpha, X, lo = self.alpha, self.X, i - i % self.b
-        X[:, i] = x.reshape(self.pages, -1)
-        if i == 0:
-            return x
-        if i == lo:  # a new tile begins
-            self.partial = weighted_sums(alpha[lo : lo + self.b, :lo], X[:, :lo])
-        ready = self.partial[:, i - lo : i - lo + 1] if lo else None
-        y = weighted_sums(alpha[i : i + 1, lo : i + 1], X[:, lo : i + 1], ready)
-        return y.view_as(x).to(x.dtype)
-
-    def down(self, i: int, G: Tensor) -> Tensor:
-        """G_i = dLoss/dY_i -> dLoss/dX_i; the steps come in falling order, each once."""
-        alpha, X, lo = self.alpha, self.X, i - i % self.b
-        if self.last is None:
-            self.top = i  # above it no Y has a gradient
-            self.tile_G = torch.empty_like(X[:, : self.b])
-        elif i != self.last - 1 or not X.numel():
-            raise RuntimeError(
-                "the in-place DWA goes backward through a forward pass once, for it overwrites its "
-                "memory on the way; dwa_impl='naive' can do it more often"
-            )
-        self.last = i
-        end = self.top + 1
-        hi = min(lo + self.b, end)
-        if i == hi - 1 < self.top:  # a new tile begins; beyond it, X holds G by now
-            self.partial = weighted_sums(alpha[hi:end, lo:hi].T, X[:, hi:end])
-        tile_G = self.tile_G[:, : hi - lo]
-        tile_G[:, i - lo] = G.reshape(self.pages, -1)
-        ready = self.partial[:, i - lo : i - lo + 1] if hi < end else None
-        dX = weighted_sums(alpha[i:hi, i : i + 1].T, tile_G[:, i - lo :], ready)
-        if i == lo:  # the tile is complete
-            if self.dalpha is not None:
-                self.dalpha[lo:hi, :hi] = dots(tile_G, X[:, :hi])
-            X[:, lo:hi] = tile_G
-        if i == self.lowest:  # nothing of it is needed again
-            self.X = self.partial = self.tile_G = G.new_empty(0)
-        return dX.view_as(G).to(G.dtype)
-
-    def alpha_gradient(self) -> Tensor:
-        """dLoss/dalpha; 0 outside the mask, and where a diagonal is alone, which is no DWA."""
-        assert self.dalpha is not None
-        return self.dalpha[1:].masked_fill(~trained(self.mask), 0)
+TILE = 8  # rows of a tile, b: near sqrt(L) for the paper's depths, and aligned for tensor cores
 
 
 class InPlacePass:
-    """One pass through the depth, step by step; autograd sees InPlaceSteps in a chain.
+    """What autograd sees: a chain of InPlaceSteps.
 
-    The link that goes from each step to the next makes their backward come in falling order. The
-    link into step 0, which comes last, is alpha.
+    Each step hands a dummy tensor, `order`, to the next, so autograd runs the backward steps from
+    L down to 0. The first step receives alpha as its order, so it returns the gradient of alpha.
     """
 
-    def __init__(self, dwa: DWA, x: Tensor):
-        # The memory must not know the link, which knows the memory: the two would never be freed.
-        self.memory, self.link = InPlaceMemory(dwa, x), dwa.alpha
-        # Autocast would round alpha to bfloat16. To switch it off takes time, at every step of
-        # every decoded token, so only where it is on.
-        cast = torch.is_autocast_enabled(x.device.type)
-        self.no_autocast = torch.autocast(x.device.type, enabled=False) if cast else nullcontext()
+    def __init__(self, alpha: Tensor, x: Tensor):
+        self.buffer, self.order = InPlaceBuffer(alpha, x), alpha
+        with torch.enable_grad():
+            self.step(0, x)
 
     def step(self, i: int, x: Tensor) -> Tensor:
-        """X_i -> Y_i; the steps are i = 0..L in this order."""
-        with self.no_autocast:
-            if not torch.is_grad_enabled():
-                return self.memory.up(i, x)
-            if self.memory.lowest is None and (x.requires_grad or self.link.requires_grad):
-                self.memory.lowest = i
-            y, self.link = InPlaceStep.apply(x, self.link, i, self.memory)
-            return y
+        """Take X_i, for i = 1..L in this order; return Y_i, of the same shape."""
+        if not torch.is_grad_enabled():
+            return self.buffer.forward(i, x)
+        y, self.order = InPlaceStep.apply(x, self.order, self.buffer, i)
+        return y
 
 
 class InPlaceStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, link, i, memory):
-        ctx.i, ctx.memory = i, memory
-        return memory.up(i, x), link.new_empty(0)
+    def forward(ctx, x, order, buffer, i):
+        ctx.buffer, ctx.i = buffer, i
+        ctx.set_materialize_grads(False)  # the gradient of a Y_i that nothing reads is None
+        if any(ctx.needs_input_grad):
+            buffer.lowest = min(buffer.lowest, i)
+        return buffer.forward(i, x), order.new_empty(0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, G, dlink):
-        with torch.autocast(G.device.type, enabled=False):
-            dX = ctx.memory.down(ctx.i, G)
-        if ctx.i == 0 and ctx.memory.dalpha is not None:
-            dlink = ctx.memory.alpha_gradient().to(dlink.dtype)
-        return dX, dlink, None, None
+    def backward(ctx, g, _):
+        return *ctx.buffer.backward(ctx.i, g), None, None
 
 
-# Numbers that a GPU converts at a time: 64 MB, for smaller pieces would take longer to launch than
-# to convert.
-PIECE = 1 << 24
+class InPlaceBuffer:
+    """What is computed: X in the forward pass, X and G in the backward pass. No autograd here."""
+
+    def __init__(self, alpha: Tensor, x: Tensor):
+        self.L, self.b, self.shape = len(alpha) - 1, TILE, x.shape
+        self.S = math.gcd(math.prod(x.shape[:-1]), 16)
+        self.X = x.new_empty(self.S, self.L + 1 + self.b, x.numel() // self.S)
+        self.tile = self.X[:, :0]  # what the rows of the current tile take from the older X, or G
+        self.alpha = alpha.detach().to(x.dtype)
+        self.dalpha = torch.zeros_like(alpha) if alpha.requires_grad else None
+        self.next = 0  # the step that is due in the forward pass
+        self.lowest = self.L  # the first step with gradients, so the last one of the backward pass
+        self.task = -1  # the call of autograd that runs the backward pass; none yet
+
+    def forward(self, i: int, x: Tensor) -> Tensor:
+        """X_i -> Y_i, for i = 0..L in this order."""
+        if i != self.next or i > self.L or self.task != -1:
+            raise RuntimeError(
+                f"an in-place DWA takes steps 1..{self.L} in order, each once, and none after its "
+                f"backward has begun; step {i} came where step {self.next} was due (checkpointing "
+                f"may wrap blocks but no DWA). DWA(..., impl='naive') allows it"
+            )
+        if x.shape != self.shape:
+            raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, X_0 has {tuple(self.shape)}")
+        alpha, X, lo = self.alpha, self.X, i - i % self.b
+        X[:, i] = x.reshape(self.S, -1)
+        self.next = i + 1
+        if i == 0:
+            return x
+        if i == lo:  # a new tile begins
+            self.tile = matmul(alpha[lo : lo + self.b, :lo], X[:, :lo])
+        older = self.tile[:, i - lo : i - lo + 1] if lo else None
+        y = matmul(alpha[i : i + 1, lo : i + 1], X[:, lo : i + 1], older)
+        return y.resize_(self.shape).to(x.dtype)  # not a view: the next block may write to it
+
+    def backward(self, i: int, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """G_i = dLoss/dY_i, None for 0 -> dLoss/dX_i, and dLoss/dalpha at the lowest step."""
+        task = torch._C._current_graph_task_id()
+        if self.task == -1:
+            self.task, self.last, self.end = task, i + 1, i + 1  # no Y above i has a gradient
+        if self.task != task or torch.is_grad_enabled():  # the latter: in create_graph
+            raise RuntimeError(
+                "an in-place DWA goes backward once, overwriting its buffer, and has no second "
+                "derivatives. DWA(..., impl='naive') does both"
+            )
+        if i + 1 < self.last:  # step i + 1 ran without gradients: its G is 0
+            self.backward(i + 1, None)
+        self.last = i
+        alpha, X, G, lo = self.alpha, self.X, self.X[:, self.b :], i - i % self.b
+        hi, end = min(lo + self.b, self.end), self.end
+        if i == hi - 1 < end - 1:  # a new tile begins
+            self.tile = matmul(alpha[hi:end, lo:hi].T, G[:, hi:end])
+        G[:, i] = 0 if g is None else g.reshape(self.S, -1)
+        newer = self.tile[:, i - lo : i - lo + 1] if hi < end else None
+        dx = matmul(alpha[i:hi, i : i + 1].T, G[:, i:hi], newer).view(self.shape)
+        if i == max(lo, self.lowest) and self.dalpha is not None:  # the tile is complete
+            dots = matmul(G[:, i:hi], X[:, :hi].mT)
+            self.dalpha[i:hi, :hi] = dots.sum(0, dtype=self.dalpha.dtype)
+        if i > self.lowest:
+            return dx, None
+        del self.X, self.tile  # free the memory
+        return dx, self.dalpha
 
 
-def weighted_sums(alpha: Tensor, X: Tensor, ready: Tensor | None = None) -> Tensor:
-    """alpha @ X + ready, of (a, s), (pages, s, c) and (pages, a, c), in the dtype of alpha."""
-    if X.dtype == alpha.dtype:
-        alpha = alpha.expand(len(X), -1, -1)
-        return torch.bmm(alpha, X) if ready is None else torch.baddbmm(ready, alpha, X)
-    n = max(1, PIECE // X[0].numel())
-    readies = [None] * len(X) if ready is None else ready.split(n)
-    pieces = zip(X.split(n), readies, strict=False)
-    return torch.cat([weighted_sums(alpha, x.to(alpha.dtype), r) for x, r in pieces])
-
-
-def dots(G: Tensor, X: Tensor) -> Tensor:
-    """<G_m, X_j>, of (pages, b, c) with (pages, s, c) -> (b, s), in float32 at least."""
-    dtype = torch.promote_types(X.dtype, torch.float32)
-    n = len(X) if X.dtype == dtype else max(1, PIECE // X[0].numel())
-    return sum(
-        (g.to(dtype) @ x.to(dtype).mT).sum(0) for g, x in zip(G.split(n), X.split(n), strict=True)
-    )
+def matmul(a: Tensor, X: Tensor, start: Tensor | None = None) -> Tensor:
+    """Return start + a @ X in X's dtype: a is (r, m) or (S, r, m), X (S, m, n), start (S, r, n)."""
+    out = X.new_empty(len(X), a.size(-2), X.size(2))
+    a = a.expand(len(X), -1, -1)
+    if start is None:  # autocast leaves calls with out= alone
+        return torch.bmm(a, X, out=out)
+    return torch.baddbmm(start, a, X, out=out)

@@ -46,7 +46,7 @@ from common import (
     understood,
     windows,
 )
-from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_mask
+from denseformer import DWA, DenseFormer, DenseFormerConfig
 
 # -----------------------------------------------------------------------------
 # Settings. The defaults are for a CPU; a preset changes some, and any flag overrides both.
@@ -92,7 +92,7 @@ class TrainConfig:
         "inplace", "inplace is the fast way, naive the formula itself: the same result",
         choices=("inplace", "naive"),
     )  # fmt: skip
-    dwa_start_iter: int = flag(0, "step at which the DWAs begin; before, none", low=0)
+    dwa_start_iter: int = flag(0, "step until which the alphas stay at the identity", low=0)
     skip_gains: bool = flag(False, "a learned scale on each skip connection")
     # optimization
     max_iters: int = flag(1000, "steps of the optimizer", low=1)
@@ -223,9 +223,10 @@ class Ranks:
         """The model, with gradients that are averaged over the ranks."""
         if self.n == 1:
             return model
-        # Some masks leave out a whole block: nobody reads its output.
-        sources = enumerate(model.dwa.sources, start=1)
-        unread = any(row and i not in model.dwa.needed for i, row in sources)
+        # Some patterns leave out a whole block: nothing reads its output.
+        rows = model.dwa.rows
+        read = set().union(*rows)
+        unread = any(row and i not in read for i, row in enumerate(rows, start=1))
         return DistributedDataParallel(
             model, gradient_as_bucket_view=True, broadcast_buffers=False,
             find_unused_parameters=unread,
@@ -398,7 +399,8 @@ def read_settings(argv, stack):
         # To find fault before the download.
         find_device(config.device)
         model_config = DenseFormerConfig(**model_flags(config), vocab_size=1)
-        if config.dwa != "none" and not DWA(model_config).num_params():
+        dwa = DWA(model_config.n_layer, model_config.dwa)
+        if config.dwa != "none" and not dwa.num_params():
             raise ValueError(f"--dwa {config.dwa} has no DWA in {config.n_layer} blocks: take more "
                              f"blocks, or --dwa none for the plain Transformer")  # fmt: skip
         if step > config.max_iters:
@@ -490,13 +492,15 @@ def start_from(model, config, dataset):
     config.dwa has too. The others begin at 0, or at the identity where a row has none."""
     path = Path(config.init_from)
     other = load_checkpoint(path)
-    mask = model.dwa.mask.clone()
     with understood(path):
         if other["tokenizer"] != dataset.tokenizer.state():
             raise Stop(f"{path} has another tokenizer than {dataset.name} gets here")
         model.load_state_dict(other["model"])
-    model.dwa.set_mask(mask)
-    if config.dwa_start_iter and not torch.equal(model.dwa.alpha.cpu(), DWA(model.config).alpha):
+    dwa, start = model.dwa, DWA(model.config.n_layer, model.config.dwa).to(model.dwa.alpha)
+    with torch.no_grad():
+        alpha = dwa.weights()
+        dwa.alpha.copy_(torch.where(alpha.any(dim=1, keepdim=True), alpha, start.alpha))
+    if config.dwa_start_iter and not torch.equal(dwa.alpha, start.alpha):
         raise Stop(
             f"--dwa_start_iter starts the alphas at the identity, and {config.init_from} has others"
         )
@@ -555,7 +559,7 @@ def run(ranks, config, checkpoint):
             step, best = int(checkpoint["step"]), float(checkpoint["best"])
         print(f"going on from step {step:,}", flush=True)
     if step < config.dwa_start_iter:
-        model.dwa.set_mask(dwa_mask("none", config.n_layer))
+        model.dwa.alpha.requires_grad_(False)
     ddp = ranks.parallel(model)
 
     def save(name):
@@ -608,9 +612,9 @@ def run(ranks, config, checkpoint):
     model.train()
     while True:
         if step == config.dwa_start_iter > 0:
-            model.dwa.set_mask(dwa_mask(config.dwa, config.n_layer))
+            model.dwa.alpha.requires_grad_(config.dwa != "none")
             ddp = ranks.parallel(model)
-        if step in snapshots and model.dwa.num_params():
+        if step in snapshots and model.dwa.alpha.requires_grad:
             write(step=step, alpha=[[round(a, 5) for a in row] for row in model.dwa.alpha.tolist()])
         if step % config.eval_interval == 0 or step == config.max_iters:
             val_loss = evaluate(model, dataset.val, config, ranks, B, device, autocast, stop)

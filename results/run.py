@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
-from analyze import prune  # noqa: E402
+from analyze import kept  # noqa: E402
 from bench import machine, measure, ratio  # noqa: E402
 from common import (  # noqa: E402
     Parser,
@@ -47,7 +47,7 @@ from common import (  # noqa: E402
     load_checkpoint,
     start,
 )
-from denseformer import DenseFormer, DenseFormerConfig, dwa_mask, dwa_pattern  # noqa: E402
+from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_pattern  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 
@@ -173,10 +173,11 @@ def prune_like(runs, pattern, rate, seed):
     flags = runs.flags(VARIANTS["1x1"], seed, rate, max_iters=runs.common["max_iters"] // 4)
     runs.train([flags])
     model = load_checkpoint(runs.folder(flags) / "last.pt")["model"]
-    alpha, mask = model["dwa.alpha"], model["dwa.mask"]
-    L = len(alpha)
-    earlier = dwa_mask(pattern, L).tril(0).sum().item()  # and all of the diagonal
-    return dwa_pattern(prune(alpha, mask, 1 - (L + earlier) / mask.sum().item()))
+    alpha = model["dwa.alpha"]
+    mask = DWA(len(alpha), "1x1").mask
+    L, like = len(alpha), DWA(len(alpha), pattern)
+    earlier = round((1 - like.sparsity()) * L * (L + 1) / 2)  # and all of the diagonal
+    return dwa_pattern(kept(alpha, mask, 1 - (L + earlier) / mask.sum().item()))
 
 
 def step_times(models, flags, rounds=15):

@@ -295,14 +295,14 @@ def foreign_files(run, boom):
         "text": lambda path: path.write_text("hello"),
         "empty": lambda path: path.write_bytes(b""),
         "zeros": lambda path: path.write_bytes(bytes(10_000)),
-        "a pickle": lambda path: path.write_bytes(pickle.dumps({"format": "denseformer-1"})),
+        "a pickle": lambda path: path.write_bytes(pickle.dumps({"format": common.FORMAT})),
         "a pickle with code": lambda path: path.write_bytes(pickle.dumps(Bomb(boom))),
         "torch's old format, with code": lambda path: torch.save(
             Bomb(boom), path, _use_new_zipfile_serialization=False
         ),
         "an archive with code": lambda path: torch.save({**good, "model": Bomb(boom)}, path),
         "another program's": lambda path: torch.save({"model": {}, "iter_num": 3}, path),
-        "an older format": changed(format="denseformer-0"),
+        "an older format": changed(format="denseformer-1"),
         "a list": lambda path: torch.save([1, 2, 3], path),
         "a tensor": lambda path: torch.save(torch.zeros(3), path),
         "no weights": without("model"),

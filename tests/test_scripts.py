@@ -25,11 +25,7 @@ import data
 import sample
 import train
 from data.tokenizer import ByteTokenizer
-from denseformer import (
-    DenseFormer,
-    DenseFormerConfig,
-    dwa_mask,
-)
+from denseformer import DWA, DenseFormer, DenseFormerConfig, rotary_angles
 from tests.helpers import HERE, SMALL, flags, losses, script, weights
 
 
@@ -261,14 +257,14 @@ def test_init_from_keeps_what_was_learned(text, tmp_path, capsys):
     assert train.main(flags(**its_data, out_dir=dense, dwa="1x1")) == 0
     assert losses(dense)[0][2] == losses(plain)[-1][2]
     alpha = weights(dense)["dwa.alpha"]
-    assert (alpha != 0).equal(dwa_mask("1x1", 3))
+    assert (alpha != 0).equal(DWA(3, "1x1").mask)
     # Another pattern keeps the alphas that it has.
     sparse = tmp_path / "sparse"
     begin["init_from"] = dense / "last.pt"
     assert train.main(flags(**begin | {"max_iters": 1, "learning_rate": 0.0}, min_lr=0,
                             out_dir=sparse, dwa="3x1")) == 0  # fmt: skip
     assert weights(sparse)["dwa.alpha"].equal(torch.tensor(
-        [[0, 1, 0, 0], [0, 0, 1, 0], [alpha[2, 0], 0, 0, alpha[2, 3]]]
+        [[0, alpha[0, 1], 0, 0], [0, 0, alpha[1, 2], 0], [alpha[2, 0], 0, 0, alpha[2, 3]]]
     ))  # fmt: skip
     with pytest.raises(SystemExit):
         train.main(flags(**begin, out_dir=tmp_path / "other", n_layer=4))
@@ -310,21 +306,17 @@ def test_dwa_start_iter(text, tmp_path):
 
 
 def test_prune_keeps_the_largest():
-    alpha = torch.tensor([[0.5, 1.0, 0.0], [0.1, -0.3, 0.2]])
-    mask = dwa_mask("1x1", 2)
-    assert analyze.prune(alpha, mask, 0).equal(mask)
-    assert analyze.prune(alpha, mask, 0.4).equal(
-        torch.tensor([[True, True, False], [False, True, False]])
-    )
-    # a row that loses everything is no DWA
-    assert analyze.prune(alpha, mask, 0.6).equal(
-        torch.tensor([[True, True, False], [False, False, True]])
-    )
-    # the 1 of a row without a DWA is no alpha: half of three are two, rounded
-    alpha = torch.tensor([[0.0, 1.0, 0.0], [0.1, -0.3, 0.2]])
-    assert analyze.prune(alpha, dwa_mask("1x2", 2), 0.5).equal(
-        torch.tensor([[False, True, False], [False, True, True]])
-    )
+    dwa = DWA(2)
+    with torch.no_grad():
+        dwa.alpha.copy_(torch.tensor([[0.5, 1.0, 0.0], [0.1, -0.3, 0.2]]))
+    assert analyze.prune(dwa, 0).mask.equal(dwa.mask)
+    pruned = analyze.prune(dwa, 0.4)
+    assert pruned.pattern == "1:0,1+2:1"
+    assert pruned.alpha.allclose(torch.tensor([[0.5, 1, 0], [0, -0.3, 0]]))
+    # a row that loses all its alphas has no DWA
+    pruned = analyze.prune(dwa, 0.6)
+    assert pruned.pattern == "1:0,1"
+    assert pruned.alpha.allclose(torch.tensor([[0.5, 1, 0], [0, 0, 1]]))
 
 
 def test_analyze(text, tmp_path, capsys, monkeypatch):
@@ -350,7 +342,7 @@ def test_analyze(text, tmp_path, capsys, monkeypatch):
         X = [model.wte(ids)]
         Y = X[0]
         for i, block in enumerate(model.blocks):
-            X.append(block(Y, model.rotary))
+            X.append(block(Y, rotary_angles(0, 16, 8, Y)))
             Y = sum(a * x for a, x in zip(model.dwa.alpha[i], X, strict=False))
             cosine = ((X[0] * Y).sum(-1) / X[0].norm(dim=-1) / Y.norm(dim=-1)).mean()
             assert cosines[i + 1] == pytest.approx(cosine.item(), abs=2e-2)
@@ -369,8 +361,7 @@ def test_analyze(text, tmp_path, capsys, monkeypatch):
     begin = flags(init_from=dense / "pruned.pt", out_dir=out, dataset=text, max_iters=3)
     assert train.main([*begin, "--device=cpu"]) == 0
     kept = weights(out)
-    assert kept["dwa.mask"].sum() < dwa_mask("1x1", 3).sum()
-    assert (kept["dwa.alpha"] != 0).logical_and(~kept["dwa.mask"]).sum() == 0
+    assert (kept["dwa.alpha"] != 0).sum() < DWA(3).num_params()
     for wrong in (["--prune=1"], [f"--plain={dense}"]):
         with pytest.raises(SystemExit) as stop:
             analyze.main([*flags(out_dir=dense, device="cpu"), *wrong])
@@ -541,7 +532,6 @@ def test_the_comparison_runs_whole_and_goes_on(text, tmp_path, monkeypatch):
     (folder,) = (tmp_path / "runs" / "small").glob("none-*")
     assert plain == losses(folder)[-1][2]
     parameters = sum(w.numel() for name, w in weights(folder).items() if "dwa" not in name)
-    parameters -= weights(folder)["lm_head.weight"].numel()  # tied
     assert f"| plain | 5 | {parameters:,} | | | {plain:.4f} ±" in table
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
 
