@@ -300,22 +300,14 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.gains = nn.Parameter(torch.ones(2)) if config.skip_gains else None
 
     def forward(self, x: Tensor, rotary: Tensor, kv: Tensor | None = None, past: int = 0) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rotary, kv, past)
-        return x + self.mlp(self.ln_2(x))
+        x = self.skip(0, x) + self.attn(self.ln_1(x), rotary, kv, past)
+        return self.skip(1, x) + self.mlp(self.ln_2(x))
 
-
-class GainBlock(Block):
-    """A block with a learned scale on each of its two skip connections: "skips with gains"."""
-
-    def __init__(self, config: DenseFormerConfig):
-        super().__init__(config)
-        self.gains = nn.Parameter(torch.ones(2))
-
-    def forward(self, x: Tensor, rotary: Tensor, kv: Tensor | None = None, past: int = 0) -> Tensor:
-        x = self.gains[0] * x + self.attn(self.ln_1(x), rotary, kv, past)
-        return self.gains[1] * x + self.mlp(self.ln_2(x))
+    def skip(self, n: int, x: Tensor) -> Tensor:
+        return x if self.gains is None else self.gains[n] * x
 
 
 class Loss(nn.Module):
@@ -339,8 +331,7 @@ class DenseFormer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        block = GainBlock if config.skip_gains else Block
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.dwa = DWA(config.n_layer, config.dwa, config.dwa_impl)
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.loss = Loss()
@@ -437,33 +428,28 @@ class DenseFormer(nn.Module):
         betas: tuple[float, float] = (0.9, 0.95),
         optimizer: str = "adamw",
     ) -> list[torch.optim.Optimizer]:
-        """Return the optimizers to step: AdamW, or Muon for the matrices in the blocks and AdamW.
+        """Return the optimizers to step: AdamW for all, or Muon for the blocks' matrices and AdamW.
 
         Matrices and the embedding decay, norms and biases do not. Nor does alpha: its diagonal is
         1 at first, and pulling that towards 0 would break the skip connection through the depth.
-        (The authors' experiments did decay it.)
-
-        Muon (torch.optim.Muon, torch 2.9 or later) is scaled to suit AdamW's learning rate and
-        weight decay (arXiv 2502.16982). Raises ValueError where torch does not have it.
+        (The authors' experiments did decay it.) Muon needs torch 2.9 or later; it is scaled to suit
+        AdamW's learning rate and weight decay (arXiv 2502.16982).
         """
         if optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', not {optimizer!r}")
-        alpha = self.dwa.alpha
-        matrices = [p for p in self.parameters() if p.dim() >= 2 and p is not alpha]
-        vectors = [p for p in self.parameters() if p.dim() < 2 or p is alpha]
+        decayed = {n: p for n, p in self.named_parameters() if p.dim() >= 2 and n != "dwa.alpha"}
+        others = [p for n, p in self.named_parameters() if n not in decayed]
         optimizers: list[torch.optim.Optimizer] = []
-        if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer 'muon' needs torch 2.9; this is {torch.__version__}")
         if optimizer == "muon":
-            in_blocks = {id(p) for p in self.blocks.parameters()}
-            muon = [p for p in matrices if id(p) in in_blocks]
+            matrices = [decayed.pop(n) for n in list(decayed) if n.startswith("blocks.")]
             optimizers.append(
-                torch.optim.Muon(muon, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(
+                    matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
             )
-            matrices = [p for p in matrices if id(p) not in in_blocks]
         groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": list(decayed.values()), "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         fused = self.wte.weight.device.type in ("cuda", "cpu")
         optimizers.append(torch.optim.AdamW(groups, learning_rate, betas, fused=fused))
@@ -564,10 +550,9 @@ def sample(
 #    The backward pass reaches step j knowing every G_m with m >= j, so it keeps the G and forms
 #    each dX_j once.
 #
-# 3. Tiles of b rows. All alphas are known before the first row is needed. On entering the tile of
-#    rows lo..lo+b-1, one matrix product alpha[lo:lo+b, :lo] @ X[:lo] computes what all its rows
-#    take from the older X, reading each of these once instead of b times. Then each row adds its
-#    newest terms, at most b:
+# 3. Tiles of b rows. On entering the rows lo..lo+b-1, one matrix product computes what all of them
+#    take from the older X, alpha[lo:lo+b, :lo] @ X[:lo], reading each of these once instead of b
+#    times. Then each row adds its newest terms, at most b:
 #
 #             j = 0 . . . . . . . lo . . L
 #        i = 1    = =                           = = =  row by row, inside its tile
@@ -578,12 +563,12 @@ def sample(
 #    The same in reverse for G, and dalpha is one product per tile. This reads L^2/(2b) + L b/2
 #    activations instead of L^2/2, fewest for b near sqrt(L).
 #
-# Once a tile's dalpha is formed, its X are no longer needed. So G_m is written b rows below X_m,
-# where it replaces an X of the tile after its own, and one buffer of L + 1 + b rows holds both.
+# Once a tile's dalpha is formed, its X are dead. So G_m is written b rows below X_m, over a dead X
+# of the next tile, and one buffer of L + 1 + b rows holds both.
 #
-# Every product is an ordinary batched matmul in the dtype of the activations, which accumulates
-# in float32, as every Linear under autocast does. The batch is S slices of the activations: they
-# keep all cores busy, and dalpha is a sum over slices, completed in float32.
+# Every product is an ordinary batched matmul in the dtype of the activations, which accumulates in
+# float32, as every Linear under autocast does. The batch is S slices of the activations: they keep
+# all cores busy, and dalpha, a sum over all numbers, is completed over the slices in float32.
 
 TILE = 8  # rows of a tile, b: near sqrt(L) for the paper's depths, and aligned for tensor cores
 
