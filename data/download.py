@@ -1,249 +1,244 @@
-"""Fetch a file once: resumed, retried, with a progress bar; whole and verified, or not at all."""
+"""Download a file once: resumed, retried and verified, so that it is whole or not there at all."""
 
 import contextlib
 import hashlib
-import math
+import json
 import os
 import re
 import shutil
+import socket
+import ssl
 import threading
 from pathlib import Path
-from urllib.parse import urlsplit
 
+import filelock
 import requests
-from filelock import FileLock
-from tqdm import tqdm
 
-from data.tokenizer import DataError
+from data.errors import DataError
+from data.hub import hub_auth
+from data.progress import locked, progress_bar, say
 
-CHUNK = 1 << 14  # bytes; a connection that breaks loses less than one
+CHUNK = 1 << 14  # bytes; a broken connection loses less than one chunk
 TIMEOUT = (5.0, 15.0)  # seconds to connect, and to wait for the next bytes
-TRIES = 4  # in a row that bring nothing new
-CHECKS = 3  # times that a file may arrive whole and be another
-BACKOFF = 1.0  # seconds before the second try; each later pause is twice as long
-RATE_LIMIT = 30.0  # times that, where a server is asked too often and does not say how long to wait
-SPARE = 100_000_000  # bytes of disk to leave free
-TOKEN_HOST = "huggingface.co"  # HF_TOKEN is for this host alone
+TRIES = 4  # attempts in a row that bring nothing new
+BACKOFF = 1.0  # seconds before the second attempt; each later pause is twice as long
+RATE_LIMIT = 30.0  # the same after a 429 that does not say how long to wait
+RESERVE = 100_000_000  # bytes of disk to leave free
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: data/cache, or DENSEFORMER_CACHE of the environment."""
+    """Return the folder for downloads: DENSEFORMER_CACHE in the environment, or data/cache."""
     return Path(os.environ.get("DENSEFORMER_CACHE") or Path(__file__).parent / "cache")
 
 
-class BadFile(Exception):
-    """What is wrong with what was received."""
+class Failed(Exception):
+    """Why an attempt failed; after a final failure, another attempt is pointless."""
+
+    def __init__(self, why: str, final: bool = False, pause: float | None = None):
+        super().__init__(why)
+        self.final, self.pause = final, pause
 
 
-class WrongFile(BadFile):
-    """It is whole, and not the file that it should be."""
+def fetch(url: str, path: Path, sha256: str | None = None, deadline: float | None = None) -> Path:
+    """Return `path`, after downloading the file at `url` to it unless it is there already.
 
-
-class NoUse(BadFile):
-    """Another try would bring the same."""
-
-
-def fetch(
-    url: str,
-    path: Path,
-    size: int | None = None,
-    sha256: str | None = None,
-    deadline: float | None = None,
-) -> Path:
-    """Get the file at `url` to `path`, unless it is there. Returns path, which is always whole.
-
-    url is an http(s) address or the path of a local copy. size and sha256 are what the file must
-    have; where they are None, the server's word is taken. What an interrupted download brought is
-    kept and gone on from, if the server tags its content. Of several processes that want the file
-    one gets it and the others wait. Raises DataError, with the reason, where the file cannot be
-    had; with a deadline, at the latest that many seconds from now.
+    url is an http(s) address or the path of a local copy. sha256 defaults to what the server tells.
+    An interrupted download is resumed, by a later run too, if the server tags its content.
+    Processes that want the same file share one download. With a deadline in seconds there is a
+    single attempt. Raises DataError with the reason.
     """
     part, tag = (path.with_name(f".{path.name}.{end}") for end in ("part", "tag"))
     try:
-        if is_there(path, sha256):
+        if is_whole(path, sha256):
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock"), -1 if deadline is None else deadline):
-            if is_there(path, sha256):
+        with locked(path, deadline or -1):
+            if is_whole(path, sha256):
                 return path
             try:
-                if url.startswith(("http://", "https://")):
-                    job = lambda given_up: download(url, part, tag, size, sha256, given_up)  # noqa: E731
-                    within(deadline, job)
+                if "://" in url:
+                    download_within(deadline, url, part, sha256)
                 else:
                     shutil.copyfile(url, part)
-                    verify(part, size, sha256)
+                    verify(part, None, sha256)
                 os.replace(part, path)
                 tag.unlink(missing_ok=True)
             finally:
-                if not tag.exists():  # nobody could go on with it
+                if not tag.exists():  # it could not be resumed
                     part.unlink(missing_ok=True)
-    except (OSError, BadFile) as error:
-        name = getattr(error, "filename", None)
-        where = f"{name}: " if name else ""
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot get {url}: {where}{why}") from None
+    except (OSError, ValueError, Failed) as error:
+        raise DataError(f"cannot get {url}: {reason(error)}") from None
     return path
 
 
-def is_there(path: Path, sha256: str | None) -> bool:
-    return path.is_file() and (sha256 is None or digest(path) == sha256)
+def is_whole(path: Path, sha256: str | None) -> bool:
+    """Return whether the file exists and has this sha256, if one is given."""
+    if not path.is_file() or sha256 is None:
+        return path.is_file()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest() == sha256
 
 
-def download(url, part, tag, size, sha256, given_up: threading.Event):
-    """Try until `part` is whole and right, or until that is not to be expected any more."""
-    tries, checks, furthest, pause = 0, 0, 0, 0.0
-    while not given_up.wait(pause):
+def verify(part: Path, size: int | None, sha256: str | None) -> None:
+    """Raise Failed unless `part` is the whole file; only one that is too short can be resumed."""
+    got = part.stat().st_size
+    if size and got < size:
+        raise Failed(f"only {got:,} of {size:,} bytes arrived")
+    if not is_whole(part, sha256):
+        part.with_suffix(".tag").unlink(missing_ok=True)
+        raise Failed(f"the {got:,} bytes that arrived do not have the sha256 {sha256}")
+
+
+def download_within(deadline: float | None, url: str, part: Path, sha256: str | None) -> None:
+    """Call download() in a thread, because looking up a host name has no time limit."""
+    stop, errors = threading.Event(), []
+
+    def run():
         try:
-            verify(part, *receive(url, part, tag, size, sha256, given_up))
+            download(url, part, sha256, 1 if deadline else TRIES, stop)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        thread.join(deadline)
+    finally:
+        stop.set()
+    if thread.is_alive():
+        raise Failed(f"not done in {deadline:.0f} seconds")
+    if errors:
+        raise errors[0]
+
+
+def download(url: str, part: Path, sha256: str | None, tries: int, stop: threading.Event) -> None:
+    """Receive `url` into `part` and verify it, retrying while attempts bring new bytes."""
+    failures = furthest = 0
+    while not stop.is_set():
+        try:
+            size, server_sha256 = receive(url, part, stop)
+            verify(part, size, sha256 or server_sha256)
             return
-        except (requests.RequestException, BadFile) as error:
-            here = part.stat().st_size if part.exists() else 0
-            tries, furthest = (1, here) if here > furthest else (tries + 1, furthest)
-            if isinstance(error, WrongFile):
-                checks += 1
-                tag.unlink(missing_ok=True)  # to begin anew
-            if tries == TRIES or checks == CHECKS or is_final(error):
-                raise BadFile(reason(error)) from None
-            pause = pause_after(error, tries)
-            if pause > 5:
-                tqdm.write(f"{part.name[1:-5]}: {reason(error)}; next try in {pause:.0f} seconds")
+        except Failed as error:
+            failure = error
+        except requests.RequestException as error:
+            failure = Failed(reason(error), final=reason(error) in (UNTRUSTED, MALFORMED))
+        have = part.stat().st_size if part.exists() else 0
+        failures = 1 if have > furthest else failures + 1
+        furthest = max(furthest, have)
+        if failure.final or failures == tries:
+            raise failure
+        pause = (failure.pause or BACKOFF) * 2 ** (failures - 1)
+        if pause > 5:
+            say(f"{Path(url).name}: {failure}; next attempt in {pause:.0f} seconds")
+        stop.wait(pause)
 
 
-def receive(url, part, tag, size, sha256, given_up):
-    """Get the file, or the rest of it, into `part`; returns the size and sha256 it should have.
+def receive(url: str, part: Path, stop: threading.Event) -> tuple[int | None, str | None]:
+    """Receive the file into `part`, or only its rest if the server still has the same content.
 
-    `tag` keeps what the server calls this content, so that a later try knows whether the rest it
-    is offered is the rest of the same file.
+    Returns the size in bytes and the sha256 of the file, where the server tells them.
     """
+    tag = part.with_suffix(".tag")  # keeps the server's name (ETag) for the content of `part`
     known = tag.read_text() if tag.exists() and part.exists() else None
     have = part.stat().st_size if known else 0
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    if os.environ.get("HF_TOKEN") and urlsplit(url)[:2] == ("https", TOKEN_HOST):
-        # requests takes it off again where a redirect leads to another host.
-        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        # A hub redirects to an address that expires, and knows the file better than that does.
-        hub = (*response.history, response)[0].headers
-        name = (hub.get("X-Linked-ETag") or response.headers.get("ETag") or "").strip('W/"')
-        if "X-Linked-ETag" in hub and re.fullmatch("[0-9a-f]{64}", name):
-            sha256 = sha256 or name
-        total = int(hub.get("X-Linked-Size") or 0)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(
+        url, headers=headers, auth=hub_auth(url), stream=True, timeout=TIMEOUT
+    ) as response:
+
+        def linked(name: str) -> str:
+            """Return what the hub says about the file before it redirects to the storage."""
+            hops = (*response.history, response)
+            return next((hop.headers[name] for hop in hops if name in hop.headers), "")
+
+        etag = (linked("X-Linked-ETag") or response.headers.get("ETag", "")).strip('W/"')
+        sha256 = linked("X-Linked-ETag").strip('"')
         if response.status_code in (206, 416):
-            span = re.fullmatch(
-                r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", "")
-            )
-            start = int(span[1] or span[2]) if span else -1
-            if name != known or start != have:
-                tag.unlink()
-                raise BadFile("the file on the server changed")
-            total = int(span[2])
-            if response.status_code == 416:  # it was whole already
-                return size or total, sha256
-        else:
-            response.raise_for_status()
+            span = response.headers.get("Content-Range", "")
+            rest = re.fullmatch(rf"bytes {have}-\d+/(\d+)", span)
+            if etag != known or not rest:
+                tag.unlink(missing_ok=True)
+                raise Failed("the file on the server changed")
+            size = int(rest[1])
+        elif response.status_code == 200:
             have = 0
-            total = total or int(response.headers.get("Content-Length") or 0)
-        free = shutil.disk_usage(part.parent).free
-        if free < total - have + SPARE:
-            raise NoUse(
-                f"it needs {(total - have) / 1e9:.1f} GB in {part.parent}, and "
-                f"{free / 1e9:.1f} GB are free"
+            size = int(linked("X-Linked-Size") or response.headers.get("Content-Length") or 0)
+        else:
+            raise refusal(response)
+
+        needed, free = size - have + RESERVE, shutil.disk_usage(part.parent).free
+        if needed > free:
+            raise Failed(
+                f"the disk is full: {part.parent} has {free / 1e6:,.0f} MB free, and this needs "
+                f"{needed / 1e6:,.0f} MB, of which {RESERVE / 1e6:,.0f} MB stay free",
+                final=True,
             )
-        if name:
-            tag.write_text(name)
+        if stop.is_set():  # another process may have the lock by now
+            raise Failed("given up")
+        if etag:
+            tag.write_text(etag)
         else:
             tag.unlink(missing_ok=True)
-        limit = size or total or math.inf
-        options = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
-        bar = tqdm(total=total or None, initial=have, desc=part.name[1:-5], **options)
+        bar = progress_bar(f"downloading {Path(url).name}", size or None, "B", have)
         with part.open("ab" if have else "wb") as file, bar:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
-                if given_up.is_set() or file.tell() > limit:
-                    break  # verify will refuse it
+                if stop.is_set():
+                    break
             file.flush()
             os.fsync(file.fileno())
-    return size or total or None, sha256
+    return size or None, sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else None
 
 
-def answer(error: Exception) -> requests.Response | None:
-    """What the server answered, where it did."""
-    return error.response if isinstance(error, requests.RequestException) else None
+def refusal(response: requests.Response) -> Failed:
+    """Return the failure that an HTTP status means."""
+    status = response.status_code
+    why = f"the server answers {status} {response.reason}"
+    if status in (401, 403):
+        message = response.headers.get("X-Error-Message")
+        if message is None:
+            message = next(response.iter_content(1000), b"").decode("utf-8", "replace")
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                message = str(json.loads(message)["error"])
+        if message and not message.startswith("<"):  # a page of HTML explains nothing
+            why += f": {' '.join(message.split())[:300]}"
+        if hub_auth((*response.history, response)[0].url):
+            why += " (with the token of HF_TOKEN or `hf auth login`)"
+    # A busy or broken server may recover; after a redirect, a signed address may have expired.
+    final = status < 500 and status not in (408, 429) and not response.history
+    wait = response.headers.get("Retry-After", "")
+    pause = min(float(wait), 600.0) if wait.isdigit() else None
+    return Failed(why, final, pause or (RATE_LIMIT if status == 429 else None))
 
 
-def is_final(error: Exception) -> bool:
-    """Whether that is the last word; too many requests and a server's own failures may pass."""
-    response = answer(error)
-    if response is None or response.status_code in (408, 429):
-        return isinstance(error, NoUse)
-    # Behind a redirect it may be that the signed address expired on the way; the next is fresh.
-    return 400 <= response.status_code < 500 and not response.history
+UNTRUSTED = "the server's certificate is not trusted (behind a proxy, set REQUESTS_CA_BUNDLE)"
+MALFORMED = "the address is malformed"
+REASONS = {  # what the first of these kinds among the causes of an error means
+    filelock.Timeout: "another process is still preparing it",
+    requests.exceptions.ProxyError: "the proxy refuses the connection or cannot be reached",
+    ssl.SSLCertVerificationError: UNTRUSTED,
+    requests.exceptions.SSLError: "no secure connection to the server",
+    TimeoutError: "the server does not answer in time",
+    socket.gaierror: "the host name cannot be found; is there a network?",
+    ConnectionRefusedError: "the server refuses the connection",
+    requests.exceptions.ChunkedEncodingError: "the connection broke off",
+    requests.exceptions.ConnectionError: "no connection",
+    ValueError: MALFORMED,
+}
 
 
-def pause_after(error: Exception, tries: int) -> float:
-    """Seconds to wait before the next try."""
-    pause = BACKOFF * 2 ** (tries - 1)
-    response = answer(error)
-    if response is not None and response.status_code == 429:
-        pause *= RATE_LIMIT
-        with contextlib.suppress(KeyError, ValueError):
-            pause = float(response.headers["Retry-After"])
-    return min(pause, 600.0)
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, without the library's nested representations."""
-    response = answer(error)
-    if isinstance(error, requests.HTTPError) and response is not None:
-        return f"the server answers {response.status_code} {response.reason}"
-    if isinstance(error, requests.Timeout):
-        return "the server does not answer in time"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection broke off"
-    if isinstance(error, requests.ConnectionError):
-        return "no connection"
+def reason(error: BaseException) -> str:
+    """Return in a few words why a download failed, without a library's nested descriptions."""
+    causes = [error]
+    while behind := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(behind)
+    for kind, words in REASONS.items():
+        if any(isinstance(cause, kind) for cause in causes):
+            return words
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-def verify(path: Path, size: int | None, sha256: str | None):
-    came = path.stat().st_size
-    if size is not None and came != size:
-        kind = BadFile if came < size else WrongFile
-        raise kind(f"it should have {size:,} bytes, what came has {came:,}")
-    if sha256 is not None and digest(path) != sha256:
-        raise WrongFile(f"it should have the sha256 {sha256}, what came has {digest(path)}")
-
-
-def digest(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            sha256.update(chunk)
-    return sha256.hexdigest()
-
-
-def within(deadline: float | None, function):
-    """Call function(given_up), an event that is set if it is not done in `deadline` seconds.
-
-    In a thread, for a look-up of a host name obeys no time limit and cannot be interrupted.
-    """
-    given_up, failure = threading.Event(), []
-
-    def run():
-        try:
-            function(given_up)
-        except Exception as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(deadline)
-    if thread.is_alive():
-        given_up.set()
-        raise BadFile(f"not done in {deadline:.0f} seconds")
-    if failure:
-        raise failure[0]

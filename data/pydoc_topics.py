@@ -1,12 +1,13 @@
-"""Python's own language reference, half a megabyte of English that is wherever Python is."""
+"""Python's language reference: half a megabyte of English that comes with Python."""
 
-from data.dataset import DataError, Dataset, from_text
+from data.dataset import Dataset, from_text
+from data.errors import DataError
 
 
 def load(kind: str | None) -> Dataset:
-    """The texts that help() shows, in the order of their names."""
+    """Return the texts that help() shows, in the order of their names."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise DataError("this Python comes without pydoc_data, so there is no text here") from None
+        raise DataError("this Python comes without pydoc_data") from None
     return from_text("pydoc", "\n".join(topics[name] for name in sorted(topics)), kind)

@@ -1,43 +1,36 @@
-"""Text to token ids and back. A tokenizer is stored in a checkpoint, as a plain dict.
+"""Text to token ids and back. A checkpoint stores a tokenizer as a plain dict."""
 
-Each has vocab_size; encode: str -> ids; decode_bytes: ids -> UTF-8; decode: ids -> str; start, the
-ids to begin with where no text is given; end, the id after a document, or None; and state(), from
-which from_state() makes it again.
-"""
-
+import hashlib
 import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from data import download
+from data.errors import DataError
 
-class DataError(Exception):
-    """What is wrong with the data or the text, in one sentence for the person who gave it."""
 
-
-class Tokenizer:
+class Tokenizer(Protocol):
     vocab_size: int
-    start: list[int]
-    end: int | None = None
+    start: list[int]  # the ids to begin with if there is no prompt
+    end: int | None  # the id after each document
 
-    def encode(self, text: str) -> np.ndarray:
-        """uint8 or uint16 ids."""
-        raise NotImplementedError
-
-    def decode_bytes(self, ids) -> bytes:
-        """The UTF-8 of the text; a single id may be a part of a character."""
-        raise NotImplementedError
-
-    def state(self) -> dict:
-        """What from_state() makes it again of."""
-        raise NotImplementedError
+    def encode(self, text: str) -> np.ndarray: ...  # uint8 or uint16 ids
+    def decode_bytes(self, ids) -> bytes: ...  # UTF-8; an id may be a part of a character
+    def state(self) -> dict: ...  # for from_state()
 
     def decode(self, ids) -> str:
-        """The text; what is no UTF-8, as a character cut in half, becomes U+FFFD."""
+        """Return a text, with U+FFFD in place of incomplete characters."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
 class CharTokenizer(Tokenizer):
-    """One id a character: its place in `chars`, a string of different ones, sorted."""
+    """One id per character: its position in `chars`, a sorted string without repetitions."""
+
+    end = None
 
     def __init__(self, chars: str):
         if len(chars) > 1 << 16:
@@ -50,7 +43,7 @@ class CharTokenizer(Tokenizer):
         self.start = [max(0, chars.find("\n"))]
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids, one a character. Raises DataError that names a character it does not know."""
+        """Return one id per character. Raises DataError that names an unknown character."""
         code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         known = np.array([ord(c) for c in self.chars], dtype=np.uint32)
         ids = np.searchsorted(known, code).clip(max=len(known) - 1)
@@ -71,10 +64,11 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """One id a byte of the text's UTF-8: any text at all, and 256 ids."""
+    """One id per byte of the text's UTF-8: 256 ids for any text."""
 
     vocab_size = 256
     start = [ord("\n")]  # noqa: RUF012
+    end = None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
@@ -87,15 +81,14 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding: 50,257 ids, the last of which ends a text.
+    """GPT-2's byte-pair encoding: 50,257 ids, of which the last follows each document.
 
-    vocab_size is the next multiple of 64, for the speed of a GPU; the ids beyond are never trained
-    on and stand for nothing. Raises DataError where tiktoken is not installed, or its vocabulary
-    neither in the cache nor to be had.
+    vocab_size is the next multiple of 64, which a GPU multiplies faster; no text has the ids beyond
+    50,256. Raises DataError if tiktoken is missing, or the vocabulary cannot be downloaded.
     """
 
     vocab_size = 50_304
-    end = 50_256  # <|endoftext|>, after each text
+    end = 50_256  # <|endoftext|>
     start = [end]  # noqa: RUF012
 
     def __init__(self):
@@ -103,20 +96,19 @@ class GPT2Tokenizer(Tokenizer):
             import tiktoken
         except ImportError:
             raise DataError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
-        from data.download import cache_dir  # beside the data; tiktoken downloads it once
-
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(cache_dir() / "tiktoken"))
-        try:
-            self.encoding = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # of requests, the file system, its own checks
-            raise DataError(
-                f"cannot get the vocabulary of GPT-2, which tiktoken downloads: "
-                f"{type(error).__name__}"
-            ) from None
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(find_vocabulary())
+        self.encoding = tiktoken.get_encoding("gpt2")
 
     def encode(self, text: str) -> np.ndarray:
-        """uint16 ids of the text, in which <|endoftext|> is but these letters."""
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+        """Return uint16 ids; <|endoftext|> in the text is encoded as ordinary letters."""
+        text = text.encode("utf-8", "replace").decode()  # replaces half surrogate pairs
+        try:
+            return self.encode_piece(text)
+        except ValueError:  # tiktoken cannot take a million white-space characters in a row
+            pieces = re.split(r"(\s{10000})", text)
+            return np.concatenate([self.encode_piece(piece) for piece in pieces])
+
+    def encode_piece(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode_bytes(self, ids) -> bytes:
@@ -126,12 +118,46 @@ class GPT2Tokenizer(Tokenizer):
         return {"kind": "gpt2"}
 
 
+# GPT-2's vocabulary where tiktoken looks for it: {address: sha256}
+BLOB = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+VOCABULARY = {
+    f"{BLOB}/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    f"{BLOB}/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+def find_vocabulary() -> Path:
+    """Return a folder that has GPT-2's vocabulary as tiktoken caches it, downloaded if necessary.
+
+    The folders that tiktoken itself would use are searched first. Raises DataError.
+    """
+    own = download.cache_dir() / "tiktoken"
+    theirs = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
+    theirs += [os.path.join(tempfile.gettempdir(), "data-gym-cache")]
+    names = {hashlib.sha1(url.encode()).hexdigest(): url for url in VOCABULARY}
+    for folder in filter(None, theirs):
+        if all(download.is_whole(Path(folder, name), VOCABULARY[names[name]]) for name in names):
+            return Path(folder)
+    for name, url in names.items():
+        download.fetch(url, own / name, VOCABULARY[url])
+    return own
+
+
+def make_tokenizer(kind: str | None, chars: set[str]) -> Tokenizer:
+    """Return the tokenizer of that name for a text with these characters.
+
+    None stands for char if there are at most 256 different characters, and for byte otherwise.
+    """
+    kind = kind or ("char" if len(chars) <= 256 else "byte")
+    return from_state({"kind": kind, "chars": "".join(sorted(chars))})
+
+
 def from_state(state: dict) -> Tokenizer:
-    """The tokenizer whose state() this is. Raises DataError for a kind that it does not know."""
+    """Return the tokenizer with this state(). Raises DataError for an unknown kind."""
     if state["kind"] == "char":
         return CharTokenizer(state["chars"])
     if state["kind"] == "byte":
         return ByteTokenizer()
     if state["kind"] == "gpt2":
         return GPT2Tokenizer()
-    raise DataError(f"a tokenizer of the unknown kind {state['kind']!r}; a newer version wrote it")
+    raise DataError(f"unknown tokenizer {state['kind']!r}: a newer version wrote the checkpoint")
