@@ -18,7 +18,7 @@ Notable here:
 - all DWAs of a model are one matrix, alpha; a sparsity pattern is a mask on that matrix
 - the plain Transformer is the same model with dwa="none"
 - the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
-- the in-place DWA, last in this file, moves a twelfth of the memory that the formula moves
+- the in-place DWA, last in this file, moves a twelfth of the memory that the naive one moves
 
 Comments use B for sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
 """
@@ -38,7 +38,7 @@ from torch.nn import functional as F
 class DenseFormerConfig:
     """The shape of a model. The defaults are the paper's 48-block model.
 
-    Raises ValueError, naming the field, for values that do not make a model.
+    Raises ValueError if a field is out of range.
     """
 
     vocab_size: int = 50304  # GPT-2's 50,257 tokens, rounded up to a multiple of 64 for speed
@@ -47,21 +47,19 @@ class DenseFormerConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = False  # in the linear layers and norms
+    bias: bool = False  # in Linear and LayerNorm
     dwa: str = "1x1"  # sparsity pattern, see dwa_rows; "none" is the plain Transformer
-    dwa_impl: str = "inplace"  # or "naive": the same result, computed as the formula is written
+    dwa_impl: str = "inplace"  # or "naive": the same result, computed directly from the formula
     skip_gains: bool = False  # a learned scale on each skip connection, the paper's other baseline
 
     def __post_init__(self):
         if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
             raise ValueError("vocab_size, block_size, n_layer, n_head, n_embd must be at least 1")
         if self.n_embd % (2 * self.n_head):  # rotary positions rotate pairs of channels in a head
-            raise ValueError(
-                f"n_embd {self.n_embd} is not a multiple of 2 n_head, {2 * self.n_head}"
-            )
+            raise ValueError(f"n_embd must be a multiple of 2 * n_head, not {self.n_embd}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        DWA(self.n_layer, self.dwa, self.dwa_impl)  # raises for an unknown pattern
+        DWA(self.n_layer, self.dwa, self.dwa_impl)  # raises for an unknown pattern or impl
 
 
 # -----------------------------------------------------------------------------
@@ -71,10 +69,10 @@ class DenseFormerConfig:
 def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
     """Return, for each DWA i = 1..n_layer, the sorted j of the X_j that it reads.
 
-    A row without entries has no DWA: Y_i = X_i. The patterns are
+    An empty row means no DWA after that block: Y_i = X_i. The patterns are
 
         kxp, as 4x5      dilation k and period p (section 3.2): a DWA after every p-th block,
-                         which reads every k-th X back from X_i
+                         reading X_i, X_{i-k}, X_{i-2k}, ...
         lastK, as last4  the last K outputs and X_0
         connect-to-last  one DWA, after the last block
         i:j,j,j          a DWA after block i that reads these X_j
@@ -107,25 +105,25 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
 
 def dwa_pattern(mask: Tensor) -> str:
     """Return the pattern of a mask such as DWA.mask, row by row: 5:1,5+10:2,6,10."""
-    rows = enumerate((row.nonzero().flatten().tolist() for row in mask), start=1)
-    return "+".join(f"{i}:{','.join(map(str, row))}" for i, row in rows if row) or "none"
+    rows = [",".join(str(j) for j, read in enumerate(row) if read) for row in mask.tolist()]
+    return "+".join(f"{i}:{row}" for i, row in enumerate(rows, start=1) if row) or "none"
 
 
 class DWA(nn.Module):
-    """All depth-weighted averages of a network of n_layer blocks, in three lines:
+    """The depth-weighted averages of a network of n_layer blocks, in three lines:
 
         self.dwa = DWA(n_layer, "4x5")     in __init__
         depth = self.dwa(x)                in forward; x is X_0, of any shape (..., C)
         x = depth.step(i, block(x))        for i = 1..n_layer: X_i -> Y_i
 
     `alpha` is the only parameter, (n_layer, n_layer + 1): row i-1 is the DWA after block i, column
-    j is X_j. Its entries in `mask` are trained; the others are never read. Calling the module
-    begins a pass through the depth, which alone remembers X, and is the only time alpha is read.
+    j is X_j. Entries outside `mask` are ignored. Calling the module begins a pass, which holds the
+    X_j; alpha is read only then.
 
-    impl "naive" computes the formula as written. impl "inplace" computes the same with a fraction
-    of the memory traffic, but can go backward only once and has no second derivatives. It takes
-    the naive path where that is faster, for masks with few entries, and in torch.compile or
-    torch.export. Raises ValueError for an unknown pattern or impl.
+    impl "naive" computes the formula directly. impl "inplace" computes the same with a fraction of
+    the memory traffic, but supports only one backward and no double backward. It falls back to
+    naive for sparse masks, where that is faster, and under torch.compile and torch.export. Raises
+    ValueError for an unknown pattern or impl.
     """
 
     def __init__(self, n_layer: int, pattern: str = "1x1", impl: str = "inplace"):
@@ -134,23 +132,22 @@ class DWA(nn.Module):
             raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {impl!r}")
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
-        # Made from the pattern and kept on the CPU, these are no buffers: they are not loaded, and
-        # a model built on the meta device has them too.
-        mask = [[j in row for j in range(n_layer + 1)] for row in self.rows]
-        self._mask = torch.tensor(mask, device="cpu")
-        self._identity = torch.eye(n_layer + 1, dtype=torch.bool, device="cpu")[1:]
-        self._identity = self._identity & ~self._mask.any(dim=1, keepdim=True)
+        # Plain tensors on the CPU rather than buffers: they follow from the pattern, so they are not
+        # loaded, and a model built on the meta device has their values too.
+        self._mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
+        self._start = torch.zeros(n_layer, n_layer + 1, device="cpu")  # alpha at initialization
+        for i, row in enumerate(self.rows, start=1):
+            self._mask[i - 1, row] = True
+            self._start[i - 1, row[-1] if row else i] = 1
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.alpha = nn.Parameter(torch.empty(n_layer, n_layer + 1, dtype=dtype))
-        self.alpha.requires_grad_(any(self.rows))
+        alpha = torch.empty(n_layer, n_layer + 1, dtype=dtype)
+        self.alpha = nn.Parameter(alpha, requires_grad=any(self.rows))  # else DDP would wait for it
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Make Y_i = X_i, or the newest X that DWA i reads if it does not read X_i."""
-        self.alpha.zero_()
-        for i, row in enumerate(self.rows, start=1):
-            self.alpha[i - 1, row[-1] if row else i] = 1
+        """Make Y_i = X_i, or the newest X_j that DWA i reads if it does not read X_i."""
+        self.alpha.copy_(self._start)
 
     @property
     def mask(self) -> Tensor:
@@ -160,25 +157,26 @@ class DWA(nn.Module):
     def weights(self) -> Tensor:
         """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
         rows without a DWA, and 0 elsewhere."""
-        identity = self._identity.to(self.alpha.device, non_blocking=True)
-        return torch.where(self.mask, self.alpha, identity)
+        start = self._start.to(self.alpha, non_blocking=True)
+        return torch.where(self.mask, self.alpha, start)
 
     def num_params(self) -> int:
         """Return the number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
         return sum(map(len, self.rows))
 
     def sparsity(self) -> float:
-        """Return the share of the X_j with j < i that the DWAs leave out: 0 for 1x1, 1 for none."""
+        """Return the fraction of pairs j < i that no DWA reads: 0 for 1x1, 1 for none."""
         earlier = sum(j < i for i, row in enumerate(self.rows, start=1) for j in row)
         return 1 - earlier / (self.n_layer * (self.n_layer + 1) // 2)
 
+    @torch.enable_grad()  # alpha learns even if the first blocks run under no_grad
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
-        with torch.enable_grad():  # alpha learns even if the first blocks run under no_grad
-            # Row i is DWA i from here on. Rows of a multiple of 8 numbers suit tensor cores.
-            alpha = F.pad(self.weights(), (0, -(self.n_layer + 1) % 8, 1, 0))
-        # In-place traffic does not depend on the mask. It equals naive traffic at about 2.5 entries
-        # per block, so sparser masks take the naive path.
+        # Prepend a zero row, so that row i is DWA i, and pad rows to a multiple of 8, which keeps
+        # them aligned for tensor cores.
+        alpha = F.pad(self.weights(), (0, -(self.n_layer + 1) % 8, 1, 0))
+        # In-place traffic does not depend on the mask. With fewer than about 2.5 entries per block,
+        # naive traffic is less.
         dense = self.num_params() >= 2.5 * self.n_layer
         if self.impl == "inplace" and dense and not torch.compiler.is_compiling():
             return InPlacePass(alpha, x)
@@ -186,29 +184,41 @@ class DWA(nn.Module):
 
 
 class NaivePass:
-    """The formula as written; the gradients are left to autograd."""
+    """Computes the formula directly and leaves the gradients to autograd."""
 
     def __init__(self, alpha: Tensor, rows: list[list[int]], x: Tensor):
-        self.alpha, self.rows = alpha.to(x.dtype), rows
+        self.alpha, self.rows, self.shape = alpha.to(x.dtype), rows, x.shape
         self.read = set().union(*rows)  # the j of all X_j that some DWA reads
         self.X = {0: (x, version(x))}
 
     def step(self, i: int, x: Tensor) -> Tensor:
-        """Take X_i, for i = 1..L in this order; return Y_i, of the same shape."""
+        """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
+        check_step(i, len(self.rows), x, self.shape)
         if i in self.read:
             self.X[i] = x, version(x)
         row = self.rows[i - 1]
-        for j in row:  # where there is no DWA, Y_j is the tensor X_j, and a block may write to it
+        if not row:
+            return x
+        for j in row:  # without a DWA, Y_j is the tensor X_j itself, which a block may modify
             if j not in self.X or version(self.X[j][0]) != self.X[j][1]:
-                raise RuntimeError(f"DWA {i} reads X_{j}, but step {j} was skipped or X_{j} has "
-                                   f"been modified in place since")  # fmt: skip
-        terms = [self.alpha[i, j] * self.X[j][0] for j in row]  # Y_i = sum over j of these
-        return sum(terms[1:], terms[0]).to(x.dtype) if row else x
+                raise RuntimeError(
+                    f"DWA {i} reads X_{j}, but step {j} was skipped or X_{j} was modified in place"
+                )
+        # Y_i = sum over j of alpha[i, j] * X_j
+        terms = [self.alpha[i, j] * self.X[j][0] for j in row]
+        return sum(terms[1:], terms[0]).to(x.dtype)
 
 
 def version(x: Tensor) -> int:
-    """Return the number of in-place operations on x, where autograd counts them."""
+    """Return autograd's version counter, the number of in-place operations on x, if it has one."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def check_step(i: int, L: int, x: Tensor, shape: torch.Size):
+    if not 1 <= i <= L:
+        raise RuntimeError(f"the steps of a DWA pass are i = 1..{L}, not {i}")
+    if x.shape != shape:
+        raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, but X_0 has {tuple(shape)}")
 
 
 # -----------------------------------------------------------------------------
@@ -219,8 +229,8 @@ def rotary_angles(start: int, T: int, head_size: int, x: Tensor) -> Tensor:
     """Return cos and sin of the rotary angles for positions start..start+T-1, on x's device.
 
     (2, T, head_size / 2), in float32 at least. Channel pair m of position t is rotated by
-    t * 10000^(-2m / head_size) (arXiv 2104.09864). They are cheap enough to compute in each
-    forward pass, so there is no table to load, move or keep in the right dtype.
+    t * 10000^(-2m / head_size) (arXiv 2104.09864). Cheap enough to recompute in every forward pass,
+    so that no buffer has to be stored, moved or cast.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     m = torch.arange(head_size // 2, device=x.device, dtype=dtype)
@@ -262,14 +272,14 @@ class CausalSelfAttention(nn.Module):
         """x is (B, T, C). kv is (2, B, n_head, block_size, head_size) and holds `past` tokens."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # (2 or 1, B, n_head, T, head_size)
-        (q, k), v = rotate(qk, rotary), v[0]
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
+        (q, k), v = rotate(qkv[:2], rotary), qkv[2]
         if kv is not None:
-            kv[0, :, :, past : past + T], kv[1, :, :, past : past + T] = k, v
+            kv[0, :, :, past : past + T] = k
+            kv[1, :, :, past : past + T] = v
             k, v = kv[:, :, :, : past + T]
-        # Token t attends to the keys up to past + t. Without a past that is the kernel's causal
-        # mask, and a single token attends to everything; only several tokens after a past need an
-        # explicit mask.
+        # Without a past, is_causal is the mask, and a single new token attends to everything. Only
+        # several tokens after a past need an explicit mask.
         mask = None
         if past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
@@ -313,8 +323,8 @@ class Block(nn.Module):
 class Loss(nn.Module):
     """Mean cross-entropy in nats, computed in float32 at least; targets of -1 are ignored.
 
-    A module so that it can be compiled by itself: the float32 logits then never reach memory,
-    which with GPT-2's vocabulary saves three fifths of what the loss takes.
+    A module, so that it can be compiled on its own: then the float32 logits are never materialized,
+    which with GPT-2's vocabulary saves three fifths of the loss's memory.
     """
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -339,28 +349,32 @@ class DenseFormer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialise as GPT-2 does.
+        """Initialize as GPT-2 does.
 
         weight                                     drawn from
         embedding (and so the head), c_attn, c_fc  normal, std 0.02
         c_proj of attention and MLP                normal, std 0.02 / sqrt(2 L), since 2 L of them
                                                    add up in the residual stream
-        norms                                      gain 1
+        norms and gains                            1
         biases, if any                             0
         alpha                                      the identity, see DWA.reset_parameters
         """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                residual = name.endswith("c_proj")
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                nn.init.normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() < 2:
+                nn.init.ones_(p)
+            elif p is not self.dwa.alpha:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(
+                    p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if residual else 1)
+                )
+        self.dwa.reset_parameters()
 
     def compile(self, **options):
         """torch.compile(**options) each block, which all share one graph, and the loss.
 
-        The rest runs eagerly. So a deep model compiles as fast as a shallow one.
+        Everything else runs eagerly, so the compile time does not grow with depth.
         """
         for module in (*self.blocks, self.loss):
             module.compile(**options)
@@ -371,23 +385,23 @@ class DenseFormer(nn.Module):
         return others + self.dwa.num_params()
 
     def flops_per_token(self) -> float:
-        """Return the training FLOPs per token: the forward pass, and twice that for the backward.
+        """Return the training FLOPs per token; the backward pass counts as two forward passes.
 
-        Forward, each weight takes 2, and the two products of causal attention 2 T C per block,
-        since a token attends to T / 2 tokens on average.
+        Forward, each weight takes 2 FLOPs, and causal attention 2 T C per block, since a token
+        attends to T / 2 others on average. The DWAs' own FLOPs are neglected.
         """
         c = self.config
         return 3 * (2 * self.num_params() + 2 * c.n_layer * c.block_size * c.n_embd)
 
     def activation_dtype(self) -> torch.dtype:
-        """Return the dtype of the residual stream: autocast's where that is on."""
+        """Return the dtype of the residual stream: autocast's if it is enabled."""
         device = self.wte.weight.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.wte.weight.dtype
 
     def lm_head(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., V). Tied: the embedding both reads and predicts tokens."""
+        """(..., C) -> (..., V). The output head, tied to the token embedding."""
         return F.linear(x, self.wte.weight)
 
     def forward(
@@ -403,10 +417,10 @@ class DenseFormer(nn.Module):
         T = idx.size(1)
         past = cache.length if cache else 0
         if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens are more than block_size {self.config.block_size}")
+            raise ValueError(f"{past + T} tokens exceed the block_size {self.config.block_size}")
 
         x = self.drop(self.wte(idx))  # (B, T, C)
-        # The DWAs read and write the residual stream, so under autocast it has 16 bits too.
+        # The DWAs read and write the residual stream, so under autocast keep it in 16 bits too.
         x = x.to(self.activation_dtype())
         rotary = rotary_angles(past, T, self.config.n_embd // self.config.n_head, x)
         depth = self.dwa(x)  # x is X_0
@@ -428,12 +442,12 @@ class DenseFormer(nn.Module):
         betas: tuple[float, float] = (0.9, 0.95),
         optimizer: str = "adamw",
     ) -> list[torch.optim.Optimizer]:
-        """Return the optimizers to step: AdamW for all, or Muon for the blocks' matrices and AdamW.
+        """Return the optimizers: AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
-        Matrices and the embedding decay, norms and biases do not. Nor does alpha: its diagonal is
-        1 at first, and pulling that towards 0 would break the skip connection through the depth.
-        (The authors' experiments did decay it.) Muon needs torch 2.9 or later; it is scaled to suit
-        AdamW's learning rate and weight decay (arXiv 2502.16982).
+        Matrices and the embedding decay; norms and biases do not. Nor does alpha: its diagonal
+        starts at 1, as the skip connection through the depth. (The authors' experiments did decay
+        it.) Muon needs torch 2.9 or later; it is scaled to suit AdamW's learning rate and weight
+        decay (arXiv 2502.16982).
         """
         if optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', not {optimizer!r}")
@@ -459,70 +473,60 @@ class DenseFormer(nn.Module):
     # Generation
 
     @torch.no_grad()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
+    def stream(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Iterator[Tensor]:
         """Continue token ids idx, (B, T); yield the next ids, (B, 1), max_new_tokens times.
 
-        Each token is drawn from softmax(logits / temperature), restricted to the top_k most likely
-        tokens and to the smallest set with probability top_p, where these are given; temperature 0
-        takes the most likely token. The draw uses the CPU and its generator, so the same seed
-        gives the same text on any device. Raises ValueError, when the first token is requested,
-        for an empty idx or a setting out of range.
+        The other arguments are those of sample: temperature, top_k, top_p, generator. Raises
+        ValueError, when the first token is requested, for an empty idx, and as sample does.
         """
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"a prompt is (B, T) token ids, at least one; not {tuple(idx.shape)}")
-        if not (temperature >= 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be 0 or more, not {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-        training = self.training
+        block_size, training, cache = self.config.block_size, self.training, None
         self.eval()  # no dropout
         try:
-            block_size = self.config.block_size
-            cache = None
             for _ in range(max_new_tokens):
                 if cache is None or cache.length == block_size:
-                    # At the start, or when the window is full and slides by one token. Then the
-                    # cache is of no use: above the first block, its keys and values have read the
-                    # token that leaves. So past block_size each token costs a whole window. Rotary
-                    # positions restart at 0; only their differences matter.
-                    new = idx[:, -block_size:]
+                    # At the start, and for every token once the window slides: above the first
+                    # block, the cached keys and values depend on the token that drops out.
+                    # Positions restart at 0, since rotary attention depends only on differences.
+                    idx = idx[:, -block_size:]
                     cache = KVCache(self.config, idx.size(0), idx.device, self.activation_dtype())
-                logits, _ = self(new, cache=cache)
-                new = sample(logits[:, -1], temperature, top_k, top_p, generator)
-                idx = torch.cat((idx[:, -block_size:], new), dim=1)
+                logits, _ = self(idx[:, cache.length :], cache=cache)
+                new = sample(logits[:, -1], *args, **kwargs)
+                idx = torch.cat((idx, new), dim=1)
                 yield new
         finally:
             self.train(training)
 
     def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:
-        """Return idx, (B, T), with max_new_tokens more; the other arguments are those of stream."""
+        """Return idx, (B, T), with max_new_tokens more; the other arguments are those of sample."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
 
 
 def sample(
     logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw a token id for each row of logits, (B, V) -> (B, 1). See DenseFormer.stream."""
-    if temperature == 0:
+    """Draw a token id for each row of logits, (B, V) -> (B, 1).
+
+    The distribution is softmax(logits / temperature), restricted to the top_k most likely tokens
+    and to the smallest set with probability top_p, where these are given; temperature 0 takes the
+    most likely token. The draw is made on the CPU, with a generator of the CPU, so that a seed
+    gives the same random numbers on any device. Raises ValueError for a value out of range.
+    """
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be finite and at least 0, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if temperature < 1e-5:  # dividing by it could overflow
         return logits.argmax(dim=-1, keepdim=True)
     # Most likely first, so that top_k and top_p cut off a tail.
-    logits, ids = logits.float().sort(dim=-1, descending=True)
-    logits = logits - logits[:, :1]  # the most likely token stays at 0 for any temperature
-    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
+    logits, ids = (logits.float() / temperature).sort(dim=-1, descending=True)
     if top_k is not None:
         logits[:, top_k:] = -math.inf
     probs = F.softmax(logits, dim=-1)
@@ -536,10 +540,10 @@ def sample(
 # -----------------------------------------------------------------------------
 # In-place DWA
 #
-# DWA does almost no arithmetic; its cost is memory traffic. Count activations read or written, for
-# the 1x1 pattern and L blocks. The formula reads i + 1 of them for Y_i, about L^2/2 in all, and
-# autograd's backward reads and rewrites several times that, since row i adds to the gradients of
-# all earlier X. Three ideas bring this down:
+# DWA does little arithmetic; memory traffic dominates its cost. Count the activations read, for the
+# 1x1 pattern and L blocks. Y_i reads i + 1 of them, about L^2/2 in all, and the backward of the
+# naive pass reads and rewrites several times that, since DWA i adds to the gradient of every
+# earlier X. Three ideas bring this down:
 #
 # 1. One buffer. The output of block i becomes row i of X, and Y_i is one vector-matrix product,
 #    alpha[i, :i+1] @ X[:i+1].
@@ -550,8 +554,8 @@ def sample(
 #    The backward pass reaches step j knowing every G_m with m >= j, so it keeps the G and forms
 #    each dX_j once.
 #
-# 3. Tiles of b rows. On entering the rows lo..lo+b-1, one matrix product computes what all of them
-#    take from the older X, alpha[lo:lo+b, :lo] @ X[:lo], reading each of these once instead of b
+# 3. Tiles of b rows. On entering rows lo..lo+b-1, one matrix product computes the contribution of
+#    all older X to these rows, alpha[lo:lo+b, :lo] @ X[:lo], reading each X once instead of b
 #    times. Then each row adds its newest terms, at most b:
 #
 #             j = 0 . . . . . . . lo . . L
@@ -563,30 +567,31 @@ def sample(
 #    The same in reverse for G, and dalpha is one product per tile. This reads L^2/(2b) + L b/2
 #    activations instead of L^2/2, fewest for b near sqrt(L).
 #
-# Once a tile's dalpha is formed, its X are dead. So G_m is written b rows below X_m, over a dead X
-# of the next tile, and one buffer of L + 1 + b rows holds both.
+# The X of a tile are dead once its dalpha is formed. So G_m is written b rows below X_m, over a
+# dead X of the next tile, and one buffer of L + 1 + b rows holds both.
 #
 # Every product is an ordinary batched matmul in the dtype of the activations, which accumulates in
-# float32, as every Linear under autocast does. The batch is S slices of the activations: they keep
-# all cores busy, and dalpha, a sum over all numbers, is completed over the slices in float32.
+# float32, as every Linear under autocast does. The batch is S slices of the tokens: they keep all
+# cores busy, and dalpha, a sum over all tokens and channels, is completed in float32.
 
 TILE = 8  # rows of a tile, b: near sqrt(L) for the paper's depths, and aligned for tensor cores
 
 
 class InPlacePass:
-    """What autograd sees: a chain of InPlaceSteps.
+    """The side that autograd sees: a chain of InPlaceSteps.
 
     Each step hands a dummy tensor, `order`, to the next, so autograd runs the backward steps from
-    L down to 0. The first step receives alpha as its order, so it returns the gradient of alpha.
+    L down to 0. Step 0 receives alpha as its order, so it returns the gradient of alpha. The pass
+    holds the chain, which holds the buffer; the buffer does not hold the chain, or a reference
+    cycle would keep its memory.
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
         self.buffer, self.order = InPlaceBuffer(alpha, x), alpha
-        with torch.enable_grad():
-            self.step(0, x)
+        self.step(0, x)
 
     def step(self, i: int, x: Tensor) -> Tensor:
-        """Take X_i, for i = 1..L in this order; return Y_i, of the same shape."""
+        """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
         if not torch.is_grad_enabled():
             return self.buffer.forward(i, x)
         y, self.order = InPlaceStep.apply(x, self.order, self.buffer, i)
@@ -598,39 +603,39 @@ class InPlaceStep(torch.autograd.Function):
     def forward(ctx, x, order, buffer, i):
         ctx.buffer, ctx.i = buffer, i
         ctx.set_materialize_grads(False)  # the gradient of a Y_i that nothing reads is None
-        if any(ctx.needs_input_grad):
-            buffer.lowest = min(buffer.lowest, i)
         return buffer.forward(i, x), order.new_empty(0)
 
     @staticmethod
     def backward(ctx, g, _):
-        return *ctx.buffer.backward(ctx.i, g), None, None
+        dx, dalpha = ctx.buffer.backward(ctx.i, g), None
+        if ctx.i == 0 or not ctx.needs_input_grad[1]:  # no earlier step has gradients
+            dalpha = ctx.buffer.free()
+        return dx, dalpha, None, None
 
 
 class InPlaceBuffer:
-    """What is computed: X in the forward pass, X and G in the backward pass. No autograd here."""
+    """The computation and its memory: X in the forward pass, X and G in the backward pass."""
 
     def __init__(self, alpha: Tensor, x: Tensor):
         self.L, self.b, self.shape = len(alpha) - 1, TILE, x.shape
         self.S = math.gcd(math.prod(x.shape[:-1]), 16)
         self.X = x.new_empty(self.S, self.L + 1 + self.b, x.numel() // self.S)
-        self.tile = self.X[:, :0]  # what the rows of the current tile take from the older X, or G
+        self.tile = self.X[:, :0]  # contributions of older X to the tile; of newer G, backward
         self.alpha = alpha.detach().to(x.dtype)
         self.dalpha = torch.zeros_like(alpha) if alpha.requires_grad else None
         self.next = 0  # the step that is due in the forward pass
-        self.lowest = self.L  # the first step with gradients, so the last one of the backward pass
-        self.task = -1  # the call of autograd that runs the backward pass; none yet
+        self.task = -1  # the id of the backward pass that has begun
 
     def forward(self, i: int, x: Tensor) -> Tensor:
-        """X_i -> Y_i, for i = 0..L in this order."""
-        if i != self.next or i > self.L or self.task != -1:
+        """X_i -> Y_i, for i = 0..L in order."""
+        if i > 0:
+            check_step(i, self.L, x, self.shape)
+        if i != self.next or self.task != -1:
             raise RuntimeError(
-                f"an in-place DWA takes steps 1..{self.L} in order, each once, and none after its "
-                f"backward has begun; step {i} came where step {self.next} was due (checkpointing "
-                f"may wrap blocks but no DWA). DWA(..., impl='naive') allows it"
+                f"the steps of an in-place DWA pass come once each, in order, and not after its "
+                f"backward has begun: got step {i}, expected {self.next}. (Checkpointing may wrap "
+                f"blocks but not DWAs.) DWA(..., impl='naive') allows this"
             )
-        if x.shape != self.shape:
-            raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, X_0 has {tuple(self.shape)}")
         alpha, X, lo = self.alpha, self.X, i - i % self.b
         X[:, i] = x.reshape(self.S, -1)
         self.next = i + 1
@@ -640,41 +645,44 @@ class InPlaceBuffer:
             self.tile = matmul(alpha[lo : lo + self.b, :lo], X[:, :lo])
         older = self.tile[:, i - lo : i - lo + 1] if lo else None
         y = matmul(alpha[i : i + 1, lo : i + 1], X[:, lo : i + 1], older)
-        return y.resize_(self.shape).to(x.dtype)  # not a view: the next block may write to it
+        return y.resize_(self.shape).to(x.dtype)  # not a view: the next block may modify it
 
-    def backward(self, i: int, g: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """G_i = dLoss/dY_i, None for 0 -> dLoss/dX_i, and dLoss/dalpha at the lowest step."""
+    def backward(self, i: int, g: Tensor | None) -> Tensor:
+        """G_i = dLoss/dY_i, or None for 0 -> dLoss/dX_i, for falling i."""
         task = torch._C._current_graph_task_id()
         if self.task == -1:
-            self.task, self.last, self.end = task, i + 1, i + 1  # no Y above i has a gradient
-        if self.task != task or torch.is_grad_enabled():  # the latter: in create_graph
+            self.task, self.last, self.end = task, i + 1, i + 1  # no later Y has a gradient
+        if self.task != task or torch.is_grad_enabled():  # the second: create_graph=True
             raise RuntimeError(
-                "an in-place DWA goes backward once, overwriting its buffer, and has no second "
-                "derivatives. DWA(..., impl='naive') does both"
+                "an in-place DWA supports one backward, which overwrites its buffer, and no double "
+                "backward; DWA(..., impl='naive') supports both"
             )
-        if i + 1 < self.last:  # step i + 1 ran without gradients: its G is 0
+        if i + 1 < self.last:  # step i + 1 ran under no_grad, so its G is 0
             self.backward(i + 1, None)
         self.last = i
         alpha, X, G, lo = self.alpha, self.X, self.X[:, self.b :], i - i % self.b
         hi, end = min(lo + self.b, self.end), self.end
-        if i == hi - 1 < end - 1:  # a new tile begins
+        if i == hi - 1 and hi < end:  # a new tile begins
             self.tile = matmul(alpha[hi:end, lo:hi].T, G[:, hi:end])
         G[:, i] = 0 if g is None else g.reshape(self.S, -1)
         newer = self.tile[:, i - lo : i - lo + 1] if hi < end else None
-        dx = matmul(alpha[i:hi, i : i + 1].T, G[:, i:hi], newer).view(self.shape)
-        if i == max(lo, self.lowest) and self.dalpha is not None:  # the tile is complete
-            dots = matmul(G[:, i:hi], X[:, :hi].mT)
-            self.dalpha[i:hi, :hi] = dots.sum(0, dtype=self.dalpha.dtype)
-        if i > self.lowest:
-            return dx, None
-        del self.X, self.tile  # free the memory
-        return dx, self.dalpha
+        dx = matmul(alpha[i:hi, i : i + 1].T, G[:, i:hi], newer)
+        if i == lo and self.dalpha is not None:  # the tile is complete
+            dots = matmul(G[:, lo:hi], X[:, :hi].mT)
+            self.dalpha[lo:hi, :hi] = dots.sum(0, dtype=self.dalpha.dtype)
+        return dx.view(self.shape)
+
+    def free(self) -> Tensor | None:
+        """Free the memory at the end of the backward pass; return dLoss/dalpha, if needed."""
+        del self.X, self.tile
+        return self.dalpha
 
 
 def matmul(a: Tensor, X: Tensor, start: Tensor | None = None) -> Tensor:
-    """Return start + a @ X in X's dtype: a is (r, m) or (S, r, m), X (S, m, n), start (S, r, n)."""
-    out = X.new_empty(len(X), a.size(-2), X.size(2))
+    """Return start + a @ X in the dtype of X, also under autocast, which ignores calls with out=.
+
+    a is (r, m) or (S, r, m), X is (S, m, n), start is (S, r, n).
+    """
     a = a.expand(len(X), -1, -1)
-    if start is None:  # autocast leaves calls with out= alone
-        return torch.bmm(a, X, out=out)
-    return torch.baddbmm(start, a, X, out=out)
+    out = X.new_empty(len(X), a.size(1), X.size(2))
+    return torch.bmm(a, X, out=out) if start is None else torch.baddbmm(start, a, X, out=out)
