@@ -132,8 +132,8 @@ class DWA(nn.Module):
             raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {impl!r}")
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
-        # Plain tensors on the CPU rather than buffers: they follow from the pattern, so they are not
-        # loaded, and a model built on the meta device has their values too.
+        # Plain tensors on the CPU rather than buffers: they follow from the pattern, so they are
+        # not loaded, and a model built on the meta device has their values too.
         self._mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
         self._start = torch.zeros(n_layer, n_layer + 1, device="cpu")  # alpha at initialization
         for i, row in enumerate(self.rows, start=1):
