@@ -1,59 +1,45 @@
-"""What the alphas of a trained DenseFormer learned: tables here, plots in the folder of the run.
+"""Show what the alphas of a trained DenseFormer learned: tables here, plots in the run's folder.
 
-python analyze.py                             of the run in out/
-python analyze.py --plain out-plain           beside a plain Transformer of the same data
-python analyze.py --prune 0.8                 drops the smallest 80% of the alphas: out/pruned.pt
-python train.py --init_from out/pruned.pt --out_dir out-pruned      and trains on without them
+python analyze.py                             the run in out/
+python analyze.py --plain out-plain           compared with a plain Transformer on the same data
+python analyze.py --prune 0.8                 drop the smallest 80% of the alphas: out/pruned.pt
+python train.py --init_from out/pruned.pt --out_dir out-pruned      and continue without them
 
-alpha.png        the alphas as a heat map                                   (the paper's Figure 5)
-alpha-steps.png  how they came to be, step by step                                     (Figure 10)
-cosine.png       how alike each Y_i still is to the embedding X_0                       (Figure 6)
-dropped.png      the perplexity when the smallest alphas are left out                   (Figure 7)
-singular.png     the singular values of the weight matrices, averaged over the blocks  (Figure 13)
+alpha.png        the alphas as a heat map                                     (the paper's Figure 5)
+alpha-steps.png  the alphas during training                                   (Figure 10)
+cosine.png       cosine similarity of each Y_i to the embedding X_0           (Figure 6)
+dropped.png      perplexity without the smallest alphas                       (Figure 7)
+singular.png     singular values of the weights, averaged over the blocks     (Figure 13)
 """
 
 import json
 import math
-import signal
 from dataclasses import dataclass
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C ends it at once, also while torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from common import (
-    CheckpointError,
-    Parser,
-    Stop,
-    find_device,
-    flag,
-    load_model,
-    save_checkpoint,
-    side_by_side,
-    start,
-    understood,
-    windows,
-)
+from batches import eval_offsets, stack_windows
+from checkpoint import CheckpointError, checkpoint_errors, load_model, save_checkpoint
+from config import UsageError, find_device, flag, parse_flags, run_cli
+from data.errors import UserError
 from denseformer import DWA, dwa_pattern
+from figures import new_figure, text_heat_map
+
+BATCH_SIZE = 8
 
 
 @dataclass
 class AnalyzeConfig:
     out_dir: str = flag("out", "folder of the run")
     checkpoint: str = flag("best", "best or last", choices=("best", "last"))
-    plain: str | None = flag(None, "folder of the run of a plain Transformer", type=str)
-    prune: float = flag(0.0, "share of the alphas to drop, the smallest, into pruned.pt", low=0.0)
-    tokens: int = flag(50_000, "of the validation split to measure on, at most", low=1)
-    device: str = flag("auto", "cuda, cuda:1, mps, cpu; auto takes the first of them that is here")
-
-    def __post_init__(self):
-        if self.prune >= 1:
-            raise ValueError(f"--prune must be below 1, not {self.prune}")
+    plain: str | None = flag(None, "folder of a plain Transformer's run, to compare with")
+    prune: float = flag(0.0, "fraction of the alphas, the smallest, to drop in pruned.pt", low=0.0)
+    tokens: int = flag(50_000, "validation tokens to measure on, at most", low=1)
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 
 
 # -----------------------------------------------------------------------------
@@ -61,34 +47,30 @@ class AnalyzeConfig:
 
 
 class Run:
-    """A trained model, and the validation tokens to measure it on."""
-
-    B = 8  # sequences that go through the model at once
+    """A trained model and the validation tokens to measure it on."""
 
     def __init__(self, path, tokens, device):
         self.device = device
         self.model, _, self.checkpoint = load_model(path, device)
         self.T = T = self.model.config.block_size
-        with understood(path):
+        with checkpoint_errors(path):
             train, fingerprint = self.checkpoint["train_config"], self.checkpoint["fingerprint"]
             name, tokenizer, shards = (train[k] for k in ("dataset", "tokenizer", "shards"))
         dataset = data.load(name, T, tokenizer, shards)
         if dataset.fingerprint() != fingerprint:
             raise CheckpointError(f"{name} is not the data that {path} was trained on")
-        self.val, self.starts = dataset.val, side_by_side(dataset.val, T, max(1, tokens // T))
-
-    @property
-    def depth(self):
-        return self.model.config.n_layer
+        self.val = dataset.val
+        self.offsets = eval_offsets(dataset.val, T, max(1, tokens // T))
 
     def batches(self):
-        """Validation tokens and those that follow: x and y, (B, T); y is -1 behind the end."""
-        V = self.model.config.vocab_size
-        for n in range(0, len(self.starts), self.B):
-            yield windows(self.val, self.starts[n : n + self.B], (self.B, self.T), self.device, V)
+        """Yield x and y, (B, T): validation tokens and the tokens that follow, -1 after the end."""
+        B, V = BATCH_SIZE, self.model.config.vocab_size
+        for n in range(0, len(self.offsets), B):
+            yield stack_windows(self.val, self.offsets[n : n + B], (B, self.T), V, self.device)
 
     @torch.no_grad()
     def perplexity(self):
+        """Return the perplexity on the validation tokens."""
         total = count = 0
         for x, y in self.batches():
             n = (y >= 0).sum().item()
@@ -97,7 +79,7 @@ class Run:
 
     @torch.no_grad()
     def cosines(self):
-        """Cosine similarity of Y_i to X_0, i = 0..L, averaged over validation tokens: a list."""
+        """Return the cosine similarity of Y_i to X_0 for i = 0..L, averaged over the tokens."""
         Y, readers = [], [*self.model.blocks, self.model.ln_f]  # what reads Y_0..Y_L
         hooks = [
             reader.register_forward_pre_hook(lambda module, args: Y.append(args[0].float()))
@@ -116,7 +98,7 @@ class Run:
         return (total / count).tolist()
 
     def dropped(self, fractions):
-        """The perplexity without these fractions of the alphas, the smallest: a list."""
+        """Return the perplexities without these fractions of the alphas, the smallest."""
         dwa, perplexities = self.model.dwa, []
         for fraction in tqdm(fractions, desc="dropping alphas", leave=False, disable=None):
             self.model.dwa = prune(dwa, fraction)
@@ -125,7 +107,7 @@ class Run:
         return perplexities
 
     def singular_values(self):
-        """{matrix: its singular values, largest first, averaged over the blocks}."""
+        """Return {matrix: singular values in falling order, averaged over the blocks}."""
         kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         weights = {
             kind: torch.stack([block.get_submodule(kind).weight for block in self.model.blocks])
@@ -137,14 +119,14 @@ class Run:
         }
 
     def snapshots(self, log):
-        """{step: alpha} as train.py logged them, up to this checkpoint."""
+        """Return {step: alpha} as train.py logged them, up to this checkpoint."""
         entries = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
         found = {e["step"]: torch.tensor(e["alpha"]) for e in entries if "alpha" in e}
         return {step: a for step, a in found.items() if step <= self.checkpoint["step"]}
 
 
 def kept(alpha, mask, fraction):
-    """The mask without that fraction of its entries, those with the smallest alphas."""
+    """Return the mask without that fraction of its entries, those with the smallest alphas."""
     size = alpha.abs().masked_fill(~mask, -1).flatten()
     kept = torch.zeros_like(size, dtype=torch.bool)
     kept[size.argsort(descending=True)[: round((1 - fraction) * mask.sum().item())]] = True
@@ -153,7 +135,7 @@ def kept(alpha, mask, fraction):
 
 @torch.no_grad()
 def prune(dwa, fraction):
-    """The DWA without that fraction of the alphas; a row that loses all of them has no DWA."""
+    """Return the DWA without that fraction of the alphas; a row that loses all has no DWA."""
     mask = kept(dwa.alpha, dwa.mask, fraction)
     pruned = DWA(dwa.n_layer, dwa_pattern(mask), dwa.impl).to(dwa.alpha)
     pruned.alpha.copy_(dwa.alpha)
@@ -162,43 +144,25 @@ def prune(dwa, fraction):
 
 
 def save_pruned(run, fraction, out_dir):
-    """pruned.pt: the run's model with a mask of its largest alphas only."""
+    """Save the model without that fraction of the alphas as pruned.pt."""
     all_alphas = run.model.dwa.num_params()
     dwa = run.model.dwa = prune(run.model.dwa, fraction)
     if not dwa.num_params():
-        raise Stop(f"--prune {fraction} leaves no DWA of the {all_alphas:,} alphas: keep more")
+        raise UserError(f"--prune {fraction} leaves no DWA of the {all_alphas:,} alphas: keep more")
     config = run.checkpoint["model_config"] | {"dwa": dwa.pattern}
     model = {name: tensor.cpu() for name, tensor in run.model.state_dict().items()}
     path = out_dir / "pruned.pt"
     save_checkpoint(path, run.checkpoint | {"model": model, "model_config": config})
     print(
-        f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas left, a sparsity of "
+        f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas, a sparsity of "
         f"{dwa.sparsity():.1%}: validation perplexity {run.perplexity():.3f}\n"
-        f"to train on with them: python train.py --init_from {path} --out_dir {out_dir}-pruned\n"
-        f"or from the start: --n_layer {run.depth} --dwa {dwa.pattern}"
+        f"to continue training: python train.py --init_from {path} --out_dir {out_dir}-pruned\n"
+        f"to train from scratch: --n_layer {dwa.n_layer} --dwa {dwa.pattern}"
     )
 
 
-# -----------------------------------------------------------------------------
-# In the terminal
-
-
-def text_heat_map(alpha, mask):
-    """The alphas as lines of text, a character each; wide enough for 48 blocks in 80 columns."""
-    levels = (0.01, 0.03, 0.1, 0.3)
-    lines = []
-    for i, (row, there) in enumerate(zip(alpha.tolist(), mask.tolist(), strict=True), start=1):
-        cells = (
-            (" .-=#" if a < 0 else " ░▒▓█")[sum(abs(a) >= level for level in levels)] if m else " "
-            for a, m in zip(row[: i + 1], there, strict=False)
-        )
-        lines.append(f"Y_{i:<3}|{''.join(cells)}|")
-    key = "from 0.01, 0.03, 0.1, 0.3 on:  positive ░ ▒ ▓ █  negative . - = #"
-    return "\n".join(["     X_0 ... X_i", *lines, key])
-
-
 def table(head, rows):
-    """Rows of numbers under their heads, as text."""
+    """Return rows of numbers under their heads, as text."""
     lines = [head, *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in r] for r in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -210,28 +174,15 @@ def table(head, rows):
 # Plots
 
 
-def new_figure(*args, **kwargs):
-    """A figure and its axes, of matplotlib, which is needed here only. Raises ImportError."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(*args, layout="constrained", **kwargs)
-
-
 def save(figure, path):
-    import matplotlib.pyplot as plt
-
     figure.savefig(path, dpi=150)
-    plt.close(figure)
-    print(f"drawn: {path}")
+    print(f"plotted {path}")
 
 
 def draw_alpha(axes, alpha, mask, limit):
-    """alpha and mask, both (L, L + 1), on a symmetric-log scale up to `limit`; returns the image.
+    """Draw alpha, (L, L + 1), on a symmetric-log scale up to `limit`, and return the image.
 
-    Equal steps of colour are equal factors, above 0.01; what the mask leaves out is grey.
+    Above 0.01, equal steps of colour are equal factors. Entries outside the mask are grey.
     """
     from matplotlib.colors import SymLogNorm
     from matplotlib.ticker import MaxNLocator
@@ -322,48 +273,47 @@ def plot_singular_values(values, path):
 
 
 def main(argv=None):
-    parser = Parser(AnalyzeConfig, __doc__)
-    try:
-        config = AnalyzeConfig(**parser.given(argv))
-        device = find_device(config.device)
-    except ValueError as error:
-        parser.error(str(error))
+    config = AnalyzeConfig(**parse_flags(AnalyzeConfig, argv, __doc__))
+    if config.prune >= 1:
+        raise UsageError(f"--prune must be below 1, not {config.prune}")
+    device = find_device(config.device)
     out_dir = Path(config.out_dir)
     run = Run(out_dir / f"{config.checkpoint}.pt", config.tokens, device)
-    alpha, mask = run.model.dwa.alpha.detach().cpu(), run.model.dwa.mask.cpu()
-    pattern = run.checkpoint["model_config"]["dwa"]
-    pattern = pattern if len(pattern) < 20 else f"{pattern[:16]}..."
-    has_alphas = run.model.dwa.num_params() > 0
+    dwa = run.model.dwa
+    alpha, mask, has_alphas = dwa.alpha.detach().cpu(), dwa.mask.cpu(), dwa.num_params() > 0
     if config.prune and not has_alphas:
-        parser.error(f"--prune: the model in {out_dir} is a plain Transformer, without alphas")
+        raise UsageError(f"--prune: the model in {out_dir} is a plain Transformer without alphas")
+    pattern = dwa.pattern if len(dwa.pattern) < 20 else f"{dwa.pattern[:16]}..."
     runs = {f"DenseFormer {pattern}" if has_alphas else "Transformer": run}
     if config.plain:
         plain = Run(Path(config.plain) / f"{config.checkpoint}.pt", config.tokens, device)
         if plain.model.dwa.num_params():
-            parser.error(f"--plain: the model in {config.plain} has DWAs")
+            raise UsageError(f"--plain: the model in {config.plain} has DWAs")
         if plain.checkpoint["fingerprint"] != run.checkpoint["fingerprint"]:
-            parser.error(f"--plain: {config.plain} was trained on other data than {out_dir}")
+            raise UsageError(f"--plain: {config.plain} was trained on other data than {out_dir}")
         runs["plain Transformer"] = plain
 
+    # Tables
     if has_alphas:
         print(text_heat_map(alpha, mask))
     cosines = {name: r.cosines() for name, r in runs.items()}
-    depth = min(r.depth for r in runs.values())
-    shown = sorted({round(depth * k / 8) for k in range(9)})
+    depth = min(map(len, cosines.values())) - 1
     print("\ncosine similarity of Y_i to the embedding X_0")
+    shown = sorted({round(depth * k / 8) for k in range(9)})
     print(table(["i", *cosines], [[i, *(c[i] for c in cosines.values())] for i in shown]))
     fractions = [0.05 * n for n in range(11)] if has_alphas else []
     perplexities = run.dropped(fractions)
     if has_alphas:
-        print("\nvalidation perplexity when the smallest alphas are dropped")
+        print("\nvalidation perplexity without the smallest alphas")
         rows = zip((f"{f:.0%}" for f in fractions), perplexities, strict=True)
         print(table(["dropped", "perplexity"], list(rows)))
     values = {name: r.singular_values() for name, r in runs.items()}
-    print("\nsingular values of the matrices, averaged over ranks and blocks")
+    print("\nmean singular value of the weights, over all blocks")
     kinds = next(iter(values.values()))
     rows = [[kind, *(s[kind].mean().item() for s in values.values())] for kind in kinds]
-    print(table(["", *values], rows))
-    print()
+    print(table(["", *values], rows), end="\n\n")
+
+    # Plots
     try:
         if has_alphas:
             title = f"DenseFormer {pattern}, step {run.checkpoint['step']:,}"
@@ -380,4 +330,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    start(main)
+    run_cli(main)

@@ -15,15 +15,11 @@ import contextlib
 import json
 import math
 import platform
-import signal
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C ends it at once, also while torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from torch import Tensor
@@ -31,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from common import Parser, find_device, flag, start
+from config import UsageError, find_device, flag, parse_flags, run_cli
 from denseformer import DWA, DenseFormer, DenseFormerConfig
 
 
@@ -48,7 +44,7 @@ class BenchConfig:
     device: str = flag("auto", "cuda, cuda:1, cpu; auto takes the first of them that is here")
     rounds: int = flag(5, "times that everything is measured", low=1)
     dwa_only: bool = flag(False, "measure the DWA alone, not the model")
-    json: str | None = flag(None, "file to write the numbers to as well", type=str)
+    json: str | None = flag(None, "file to write the numbers to as well")
 
 
 # The paper's model, on a GPU; the flags override it.
@@ -344,23 +340,23 @@ def machine(device):
 
 
 def main(argv=None):
-    parser = Parser(BenchConfig, __doc__, f"On a GPU the defaults are the paper's model:\n{GPU}")
-    given = parser.given(argv)
+    epilog = f"On a GPU the defaults are the paper's model:\n{GPU}"
+    overrides = parse_flags(BenchConfig, argv, __doc__, epilog)
     try:
-        device = find_device(given.get("device", BenchConfig.device))
-        config = BenchConfig(**((GPU if device.type == "cuda" else {}) | given))
+        device = find_device(overrides.get("device", BenchConfig.device))
+        config = BenchConfig(**((GPU if device.type == "cuda" else {}) | overrides))
         if config.n_embd % 64:
             raise ValueError(f"--n_embd must be a multiple of 64, not {config.n_embd}")
         torch.manual_seed(0)
         dwas = make_dwas(config, device)
     except ValueError as error:
-        parser.error(str(error))
+        raise UsageError(str(error)) from None
     torch.set_float32_matmul_precision("high")
     dtype = getattr(torch, config.dtype)
     N = config.batch_size * config.block_size * config.n_embd
     report = {"machine": machine(device), "config": asdict(config), "times": {}, "numbers": {}}
     numbers = report["numbers"]
-    # glibc maps and unmaps large memory each time until it has once seen so much given back.
+    # glibc maps and unmaps large memory each time until it has once seen so much overrides back.
     torch.empty(31 << 20, dtype=torch.uint8)
     print(
         f"python bench.py {' '.join(argv or sys.argv[1:])}\n{report['machine']}\n"
@@ -495,4 +491,4 @@ def print_bars(bars, reached):
 
 
 if __name__ == "__main__":
-    start(main)
+    run_cli(main)

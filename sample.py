@@ -1,4 +1,4 @@
-"""Let a trained DenseFormer write.
+"""Sample text from a trained DenseFormer.
 
 python sample.py
 python sample.py --start "ROMEO:" --num_samples 3 --temperature 0.7
@@ -6,73 +6,64 @@ python sample.py --start FILE:prompt.txt --top_k 40 --max_new_tokens 1000
 """
 
 import codecs
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C ends it at once, also while torch is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import torch
 
-from common import CheckpointError, Parser, find_device, flag, load_model, start
-from data.tokenizer import DataError
+from checkpoint import CheckpointError, load_model
+from config import UsageError, find_device, flag, parse_flags, run_cli
+from data.errors import DataError
 
 
 @dataclass
 class SampleConfig:
     out_dir: str = flag("out", "folder of the run")
     checkpoint: str = flag("best", "best or last", choices=("best", "last"))
-    start: str | None = flag(None, "text to continue, or FILE:path (default: none)", type=str)
-    num_samples: int = flag(1, "how many texts", low=1)
-    max_new_tokens: int = flag(500, "length of each, in tokens", low=1)
-    temperature: float = flag(0.8, "0 takes the likeliest token, 1 samples as learned", low=0.0)
-    top_k: int | None = flag(None, "choose among this many likeliest tokens only", low=1, type=int)
-    top_p: float | None = flag(
-        None, "choose among the fewest tokens of this probability in sum", type=float
-    )
-    seed: int = flag(1337, "the same seed, the same text", low=0)
-    device: str = flag("auto", "cuda, mps, cpu; auto takes the first of them that is here")
+    start: str | None = flag(None, "prompt, or FILE:path of a text file (default: none)")
+    num_samples: int = flag(1, "number of samples", low=1)
+    max_new_tokens: int = flag(500, "length of a sample in tokens", low=1)
+    temperature: float = flag(0.8, "0 takes the most likely token, 1 samples as trained", low=0.0)
+    top_k: int | None = flag(None, "sample from this many most likely tokens only", low=1)
+    top_p: float | None = flag(None, "sample from the fewest tokens of this total probability")
+    seed: int = flag(1337, "the same seed gives the same text", low=0)
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 
 
 def read_prompt(start, tokenizer):
-    """The text that --start gives, and its ids, (1, T)."""
+    """Return the text of --start and its token ids, (1, T)."""
     if start is None:
         return "", torch.tensor([tokenizer.start])
     text = start
-    if text.startswith("FILE:"):
-        path = Path(text.removeprefix("FILE:"))
+    if start.startswith("FILE:"):
+        path = Path(start.removeprefix("FILE:"))
         try:
-            text = path.read_bytes().decode()
+            text = path.read_text(encoding="utf-8-sig")  # skips a BOM; line ends become \n
         except UnicodeDecodeError:
             raise DataError(f"--start: {path} is not UTF-8 text") from None
         except OSError as error:
             raise DataError(f"--start: cannot read {path}: {error.strerror}") from None
-    if not text:
-        raise DataError("--start is empty: give at least one character, or leave it out")
+        if not text:
+            raise DataError(f"--start: {path} is empty")
     return text, torch.tensor([tokenizer.encode(text).tolist()])
 
 
 def main(argv=None):
-    parser = Parser(SampleConfig, __doc__)
-    config = SampleConfig(**parser.given(argv))
+    config = SampleConfig(**parse_flags(SampleConfig, argv, __doc__))
     if config.top_p is not None and not 0 < config.top_p <= 1:
-        parser.error(f"--top_p must be above 0 and at most 1, not {config.top_p}")
-    try:
-        device = find_device(config.device)
-    except ValueError as error:
-        parser.error(str(error))
+        raise UsageError(f"--top_p must be above 0 and at most 1, not {config.top_p}")
+    device = find_device(config.device)
     out_dir = Path(config.out_dir)
     if not out_dir.is_dir():
         raise CheckpointError(f"there is no folder {out_dir}: python train.py makes one")
     model, tokenizer, _ = load_model(out_dir / f"{config.checkpoint}.pt", device)
     text, prompt = read_prompt(config.start, tokenizer)
-    for number in range(config.num_samples):
+    for n in range(config.num_samples):
         if config.num_samples > 1:
-            print(f"{'' if number == 0 else chr(10)}--- sample {number + 1} ---")
+            print(f"{'' if n == 0 else chr(10)}--- sample {n + 1} ---")
         print(text, end="", flush=True)
-        # Sample n depends on the seed and n alone, not on how many come before it.
-        generator = torch.Generator(device).manual_seed(config.seed + number)
+        # A seed of its own, so that a sample does not depend on the number of samples before it.
+        generator = torch.Generator().manual_seed(config.seed + n)
         tokens = model.stream(
             prompt.to(device), config.max_new_tokens,
             config.temperature, config.top_k, config.top_p, generator,
@@ -85,4 +76,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    start(main)
+    run_cli(main)

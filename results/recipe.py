@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench import machine  # noqa: E402
-from common import find_device  # noqa: E402
+from config import find_device  # noqa: E402
 
 VARIANTS = [
     ("as it is", ""),

@@ -13,21 +13,21 @@ OUT_DIR/NAME, so that the script can be stopped and goes on; the result is resul
 and NAME.json with the loss of each training.
 """
 
+import ast
 import json
+import math
 import os
+import platform
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C ends it at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from tqdm import tqdm
@@ -36,19 +36,10 @@ RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
-from analyze import kept  # noqa: E402
-from bench import machine, measure, ratio  # noqa: E402
-from common import (  # noqa: E402
-    Parser,
-    Stop,
-    find_device,
-    find_dtype,
-    flag,
-    load_checkpoint,
-    start,
-)
-from denseformer import DWA, DenseFormer, DenseFormerConfig, dwa_pattern  # noqa: E402
-from train import TrainConfig  # noqa: E402
+from checkpoint import load_checkpoint  # noqa: E402
+from config import UsageError, find_device, find_dtype, flag, parse_flags, run_cli  # noqa: E402
+from data.errors import UserError  # noqa: E402
+from denseformer import DWA, DenseFormer, DenseFormerConfig  # noqa: E402
 
 
 @dataclass
@@ -61,7 +52,7 @@ class RunConfig:
     warmup: int = flag(10, "one part in this many of the steps is warm-up", low=1)
     jobs: int = flag(os.cpu_count() or 1, "trainings at a time; they share the cores", low=1)
     out_dir: str = flag("out-results", "folder for the runs")
-    train: str = flag("", "further flags for train.py, in one pair of quotes")
+    train: str = flag("", "further flags for train.py, as --name=value, in one pair of quotes")
 
 
 # The flags of every run, and what each variant changes. L is the depth.
@@ -91,8 +82,7 @@ class Runs:
 
     def __init__(self, config):
         self.config = config
-        given = Parser(TrainConfig, "").given(config.train.split())
-        self.common = COMMON | {"dataset": config.dataset} | given
+        self.common = COMMON | {"dataset": config.dataset} | parse_words(config.train)
         self.out_dir = Path(config.out_dir).absolute() / config.name
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.file = self.out_dir / "done.json"
@@ -134,19 +124,8 @@ class Runs:
         def run(flags):
             if key(flags) not in self.done:
                 folder = self.folder(flags)
-                command = [
-                    sys.executable,
-                    "train.py",
-                    *command_line(flags),
-                    "--overwrite",
-                    f"--out_dir={folder}",
-                ]
-                environment = os.environ | {"OMP_NUM_THREADS": threads}
-                done = subprocess.run(
-                    command, cwd=ROOT, env=environment, capture_output=True, text=True
-                )
-                if done.returncode:
-                    raise Stop(f"{' '.join(command)}\n{done.stderr}")
+                words = [*command_line(flags), "--overwrite", f"--out_dir={folder}"]
+                run_script("train.py", *words, OMP_NUM_THREADS=threads)
                 last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
                 with self.lock:
                     self.done[key(flags)] = last["val_loss"]
@@ -157,6 +136,30 @@ class Runs:
         bar = tqdm(total=len(todo), unit="run")
         with bar, ThreadPoolExecutor(self.config.jobs) as pool:
             return list(pool.map(run, todo))
+
+
+def run_script(*words, **environment):
+    """Run a script of this project. Raises UserError, with what it said, if it fails."""
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=os.environ | environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{' '.join(words)}\n{done.stderr}")
+
+
+def parse_words(text):
+    """Return {name: value} of "--name=value --name=value", numbers and booleans as such."""
+    flags = {}
+    for word in text.split():
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not (equals and word.startswith("--")):
+            raise UsageError(f"--train: {word!r} is not of the form --name=value")
+        try:
+            flags[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            flags[name] = value
+    return flags
 
 
 def command_line(flags):
@@ -172,12 +175,13 @@ def prune_like(runs, pattern, rate, seed):
     """The pattern of the largest alphas of a short 1x1 run, as sparse as `pattern`."""
     flags = runs.flags(VARIANTS["1x1"], seed, rate, max_iters=runs.common["max_iters"] // 4)
     runs.train([flags])
-    model = load_checkpoint(runs.folder(flags) / "last.pt")["model"]
-    alpha = model["dwa.alpha"]
-    mask = DWA(len(alpha), "1x1").mask
-    L, like = len(alpha), DWA(len(alpha), pattern)
+    folder, L = runs.folder(flags), flags["n_layer"]
+    dense, like = DWA(L, "1x1"), DWA(L, pattern)
     earlier = round((1 - like.sparsity()) * L * (L + 1) / 2)  # and all of the diagonal
-    return dwa_pattern(kept(alpha, mask, 1 - (L + earlier) / mask.sum().item()))
+    fraction = 1 - (L + earlier) / dense.num_params()
+    words = [f"--out_dir={folder}", "--checkpoint=last", f"--prune={fraction!r}", "--tokens=1"]
+    run_script("analyze.py", *words)
+    return load_checkpoint(folder / "pruned.pt")["model_config"]["dwa"]
 
 
 def step_times(models, flags, rounds=15):
@@ -204,8 +208,34 @@ def step_times(models, flags, rounds=15):
         return step
 
     tasks = {name: task(model) for name, model in models.items()}
-    with tqdm(total=rounds * len(tasks), desc="step times") as bar:
-        return measure(tasks, rounds, device, bar)
+    times = {name: [] for name in tasks}
+    for round in tqdm(range(-1, rounds), desc="step times"):  # round -1 warms up
+        for name, step in tasks.items():
+            begin = time.perf_counter()
+            step()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            if round >= 0:
+                times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def ratio(times, name, base="plain"):
+    """Return the median of the ratios to the base model, round by round; nan without it."""
+    if base not in times:
+        return math.nan
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def machine():
+    """Return the name of the processor or GPU, and torch's version."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    if (file := Path("/proc/cpuinfo")).exists():
+        lines = file.read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}"
 
 
 def mean_and_error(losses):
@@ -222,12 +252,10 @@ def against_plain(rows, name):
 
 def plot(rows, path):
     """The validation losses, a variant a line: mean, standard error, and each seed."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
     names = list(rows)[::-1]
     for y, name in enumerate(names):
         mean, error = mean_and_error(rows[name]["losses"])
@@ -243,15 +271,13 @@ def plot(rows, path):
     axes.set_xlabel("validation loss (nats per token); mean, standard error, and each seed")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main(argv=None):
-    parser = Parser(RunConfig, __doc__)
-    config = RunConfig(**parser.given(argv))
+    config = RunConfig(**parse_flags(RunConfig, argv, __doc__))
     names = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
     if unknown := set(names) - set(VARIANTS):
-        parser.error(f"--variants: {', '.join(unknown)} is none of {', '.join(VARIANTS)}")
+        raise UsageError(f"--variants: {', '.join(unknown)} is none of {', '.join(VARIANTS)}")
     seeds = [int(seed) for seed in config.seeds.split(",")]
     runs = Runs(config)
 
@@ -292,7 +318,7 @@ def report(rows, tried, runs, config, variants, argv):
     """results/NAME.md and results/NAME.png."""
     text = [
         f"Made by `{' '.join(['python results/run.py', *map(quoted, argv)])}`",
-        f"on {machine(find_device('auto'))}.\n",
+        f"on {machine()}.\n",
         "| model | blocks | parameters | alphas | sparsity | validation loss | minus plain's "
         "| step, x plain |",
         "|---|---|---|---|---|---|---|---|",
@@ -329,4 +355,4 @@ def quoted(word):
 
 
 if __name__ == "__main__":
-    start(main)
+    run_cli(main)

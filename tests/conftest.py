@@ -1,8 +1,14 @@
-"""What every test of the data and of the scripts begins with."""
+"""Fixtures for the tests of the data and of the scripts."""
+
+import os
+import shutil
+import sys
 
 import pytest
 
-from tests.helpers import FAULTS, write_text
+import train
+from config import run_cli
+from tests.helpers import FAULTS, SMALL, flags, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -10,13 +16,65 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DENSEFORMER_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def quick_end(monkeypatch):
+    """Leave out the plot and the sample at the end of a run, which take longer than the run."""
+    monkeypatch.setattr(train, "show_run", lambda *args: None)
+
+
 @pytest.fixture
 def text(tmp_path):
     return write_text(tmp_path / "my.txt")
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with the text my.txt and the finished runs dense and plain. Do not change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    same = SMALL | {"dataset": write_text(folder / "my.txt"), "dtype": "float32"}
+    for name, dwa in (("dense", "1x1"), ("plain", "none")):
+        assert train.main(flags(**same, out_dir=folder / name, dwa=dwa)) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the finished run, to damage or to resume."""
+    return shutil.copytree(trained / "dense", tmp_path / "run")
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """signal_at(step, number) sends this process a signal during that step of the training."""
+    get_lr = train.get_lr
+
+    def arm(step, number):
+        def interrupted(now, config):
+            if now == step:
+                os.kill(os.getpid(), number)
+            return get_lr(now, config)
+
+        monkeypatch.setattr(train, "get_lr", interrupted)
+
+    return arm
+
+
+@pytest.fixture
+def ends(monkeypatch, capsys):
+    """Call a script's main as from the command line; return its exit status and its stderr."""
+
+    def call(script, *args):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            run_cli(script.main)
+        return exit.value.code, capsys.readouterr().err
+
+    return call
+
+
 def pytest_terminal_summary(terminalreporter):
     if FAULTS:
-        terminalreporter.section("faults tried and survived; a failed test is one that was not")
-        for what, times in FAULTS.items():
-            terminalreporter.line(f"{times:6,}  {what}")
+        terminalreporter.section("faults injected, and survived if the tests passed")
+        for kind, cases in FAULTS.items():
+            terminalreporter.line(f"{cases:6,}  {kind}")

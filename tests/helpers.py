@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-import common
+from checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent.parent
 
@@ -17,9 +17,11 @@ SMALL = {
     "max_iters": 40, "eval_interval": 10, "log_interval": 5, "learning_rate": 3e-3,
 }  # fmt: skip
 
+FAULTS: Counter[str] = Counter()  # {kind: cases}; tests add to it what they inject
+
 
 def write_text(file):
-    """A text to train on; returns its path."""
+    """Write a text to train on, and return its path."""
     words = np.random.default_rng(0).choice(["to ", "be ", "or ", "not\n", "that "], 2000)
     file.write_text("".join(words))
     return str(file)
@@ -30,23 +32,30 @@ def flags(**settings):
 
 
 def script(*args, **options):
-    """A script as its own process, as a user runs it, from a folder that is not its own."""
+    """Run a script as a process of its own, from the folder of the tests' caller."""
     command = [sys.executable, str(HERE / args[0]), *args[1:]]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
+def torchrun(n, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={n}", str(HERE / "train.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
 def weights(out_dir):
-    return common.load_checkpoint(Path(out_dir) / "last.pt")["model"]
+    return load_checkpoint(Path(out_dir) / "last.pt")["model"]
+
+
+def log(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
 
 
 def losses(out_dir):
-    lines = [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
-    return [(e["step"], e.get("loss"), e.get("val_loss")) for e in lines if "alpha" not in e]
+    """Return (step, training loss or None, validation loss or None) of each line of the log."""
+    return [(e["step"], e.get("loss"), e.get("val_loss")) for e in log(out_dir) if "alpha" not in e]
 
 
-FAULTS = Counter()
-
-
-def survived(what):
-    """Count a fault that was tried and did no harm, for the table at the end of the tests."""
-    FAULTS[what] += 1
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)

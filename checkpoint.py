@@ -1,0 +1,128 @@
+"""Runs on disk: checkpoints, written whole or not at all and loaded without running code; a log."""
+
+import contextlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import UserError
+from data.tokenizer import Tokenizer, from_state
+from denseformer import DWA, DenseFormer, DenseFormerConfig
+
+FORMAT = "denseformer-2"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, foreign, or cannot be written."""
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]):
+    """Save a checkpoint. A crash at any moment leaves the previous one intact.
+
+    Raises CheckpointError if it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise CheckpointError(f"cannot write {path}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the contents of a checkpoint, with all tensors on the CPU.
+
+    Raises CheckpointError, with the reason, if the file is missing, damaged or foreign.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["format"] if isinstance(checkpoint, dict) else None
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except Exception:  # a damaged archive can fail in any way
+        raise CheckpointError(f"{path} is damaged, or not a checkpoint of DenseFormer") from None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path} has the format {found!r}, and this version reads {FORMAT!r} only: train the "
+            f"model again, or use the version that wrote it"
+        )
+    return checkpoint
+
+
+@contextlib.contextmanager
+def checkpoint_errors(path: Path) -> Iterator[None]:
+    """Convert errors from malformed checkpoints into CheckpointError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this version of DenseFormer: "
+            f"{type(error).__name__}: {reason}"
+        ) from None
+
+
+def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer, dict[str, Any]]:
+    """Return the model in a checkpoint, in evaluation mode, its tokenizer, and the checkpoint.
+
+    Raises CheckpointError as load_checkpoint does.
+    """
+    checkpoint = load_checkpoint(path)
+    with checkpoint_errors(path):
+        model = DenseFormer(DenseFormerConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+        tokenizer = from_state(checkpoint["tokenizer"])
+    return model.to(device).eval(), tokenizer, checkpoint
+
+
+def load_weights(path: Path, model: DenseFormer, tokenizer: Tokenizer):
+    """Load the weights of a checkpoint, and of its alphas those that the model's pattern has too.
+
+    The other alphas start at 0, or at the identity in rows where the checkpoint has no DWA. Raises
+    CheckpointError for a model of another shape or tokenizer.
+    """
+    checkpoint = load_checkpoint(path)
+    with checkpoint_errors(path):
+        if checkpoint["tokenizer"] != tokenizer.state():
+            raise CheckpointError(f"{path} has another tokenizer than the data")
+        model.load_state_dict(checkpoint["model"])
+    start = DWA(model.config.n_layer, model.config.dwa).alpha.to(model.dwa.alpha)
+    with torch.no_grad():
+        alpha = model.dwa.weights()  # 0 outside the mask
+        model.dwa.alpha.copy_(torch.where(alpha.any(dim=1, keepdim=True), alpha, start))
+
+
+class Log:
+    """log.jsonl, one dict per line."""
+
+    def __init__(self, path: Path, step: int):
+        """Open it to append to, without what a crashed run wrote after the checkpoint at `step`."""
+        kept = []
+        for line in path.read_text().splitlines() if step and path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short
+                entry = json.loads(line)
+                if entry["step"] < step or (entry["step"] == step and "loss" in entry):
+                    kept.append(line + "\n")
+        part = path.with_name(f".{path.name}.part")
+        part.write_text("".join(kept))
+        os.replace(part, path)
+        self.path = path
+
+    def write(self, **entry):
+        with self.path.open("a") as file:
+            file.write(json.dumps({k: v for k, v in entry.items() if v is not None}) + "\n")

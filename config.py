@@ -1,0 +1,223 @@
+"""Settings from the command line, the device and the dtype, and how every script begins and ends.
+
+The fields of a settings dataclass are the flags of a script:
+
+    @dataclass
+    class TrainConfig:
+        n_layer: int = flag(3, "number of blocks", low=1)
+        ...
+
+    overrides = parse_flags(TrainConfig, argv, __doc__)     {name: value} of the flags given
+    config = TrainConfig(**overrides)
+"""
+
+import argparse
+import contextlib
+import difflib
+import io
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import torch
+
+from data.errors import UserError
+
+
+class UsageError(UserError):
+    """A wrong command line. The exit status is 2."""
+
+
+# -----------------------------------------------------------------------------
+# Flags
+
+
+def flag(default, help: str, low=None, choices=None):
+    """Return a dataclass field that is a flag; `low` is the smallest value allowed."""
+    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += "; a value that begins with a dash needs the form --flag=VALUE"
+        raise UsageError(message.removeprefix("argument "))
+
+
+def parse_flags(
+    settings: type, argv: list[str] | None, description: str, epilog: str = ""
+) -> dict[str, Any]:
+    """Return {name: value} of the flags in argv, or of the command line if argv is None.
+
+    settings.GROUPS, if it exists, gives groups to --help: {first flag of the group: title}.
+    Raises UsageError, in one sentence, for an unknown flag or a wrong value.
+    """
+    parser = Parser(
+        description=description, epilog=epilog, allow_abbrev=False,
+        usage="python %(prog)s [--flag value] [--flag=value] ...",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    group: Any = parser
+    names = [f.name for f in fields(settings)]
+    for f in fields(settings):
+        if title := getattr(settings, "GROUPS", {}).get(f.name):
+            group = parser.add_argument_group(title)
+        kind, choices = (get_args(f.type) or (f.type,))[0], f.metadata["choices"]
+        options: dict[str, Any] = {
+            "type": TYPES[kind],
+            "metavar": "|".join(choices or [kind.__name__.upper()]),
+        }
+        if kind is bool:  # --compile, --compile=False and --compile false
+            options |= {"nargs": "?", "const": True, "metavar": "True|False"}
+        if choices:
+            options["choices"] = choices
+        help = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
+        help = help.replace("%", "%%")
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
+
+    def normalize(word: str) -> str:  # --max-iters=3 is --max_iters=3; values stay as they are
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)
+        return name + equals + value if name[2:] in names and word.startswith("--") else word
+
+    flags, rest = parser.parse_known_args(
+        [normalize(word) for word in (sys.argv[1:] if argv is None else argv)]
+    )
+    for word in rest:
+        name = word.split("=")[0]
+        if not word.startswith("--"):
+            raise UsageError(f"unexpected {word!r}: every setting is a flag, --name value")
+        near = difflib.get_close_matches(name[2:].replace("-", "_"), names, n=1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+        raise UsageError(f"unknown flag {name}; {hint}")
+    for f in fields(settings):
+        value, low = getattr(flags, f.name, None), f.metadata["low"]
+        if value is not None and low is not None and value < low:
+            raise UsageError(f"--{f.name} must be at least {low}, not {value}")
+        if value == "":
+            raise UsageError(f"--{f.name} is empty; leave it out for its default")
+    return vars(flags)
+
+
+def parse_int(text: str) -> int:
+    if abs(value := int(text)) >= 1 << 63:
+        raise ValueError
+    return value
+
+
+def parse_float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError
+    return value
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise ValueError
+    return text.lower() in ("true", "1", "yes")
+
+
+TYPES: dict[type, Any] = {int: parse_int, float: parse_float, bool: parse_bool, str: str}
+for kind, parse in TYPES.items():
+    if parse is not kind:
+        parse.__name__ = kind.__name__  # argparse names the type in its messages
+
+
+# -----------------------------------------------------------------------------
+# Device and dtype
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is the first available of cuda, mps and cpu.
+
+    Raises UsageError for a device that does not work here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {name} is not available on this machine") from None
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of that name; "auto" is bfloat16 if the hardware has it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    bfloat16 = False
+    if device.type == "cuda":
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
+        features = torch.cpu.get_capabilities()
+        bfloat16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+# Dense bfloat16 FLOPs per second, from data sheets; the first name that matches counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 5090": 209e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak FLOPs per second of a GPU in PEAK_FLOPS, else None."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
+
+
+# -----------------------------------------------------------------------------
+# The beginning and the end of a script
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Run main() and exit with its status; a problem that users can fix ends in one sentence."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a text may have letters that a pipe has not
+            stream.reconfigure(errors="replace")
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's !python inherits one that needs its kernel
+    status: int = 1
+    message: object = None
+    try:
+        status = main() or 0
+    except UserError as error:
+        status, message = (2 if isinstance(error, UsageError) else 1), error
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # whoever read our output has read enough
+        pass
+    except OSError as error:
+        message = f"{error.filename or 'cannot read or write a file'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (
+            "out of memory: lower --batch_size, and raise --gradient_accumulation_steps by the "
+            "same factor to keep the number of tokens per iteration"
+        )
+    with contextlib.suppress(OSError):
+        if message:
+            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # else the interpreter fails to flush it once more, and says so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a GPU, torch's CPU allocator or numpy ran out of memory."""
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in str(error)  # a plain RuntimeError
+    )

@@ -1,0 +1,54 @@
+"""Pictures of a run: the alphas as a heat map of text, and matplotlib figures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+LEVELS = (0.01, 0.03, 0.1, 0.3)  # the smallest |alpha| of each shade
+
+
+def text_heat_map(alpha: Tensor, mask: Tensor, max_rows: int | None = None) -> str:
+    """Return alpha and mask, (L, L + 1), as text: one line per DWA and one character per alpha.
+
+    Shows max_rows evenly spaced rows of a deeper model. 72 blocks fit into 80 columns.
+    """
+    L = len(alpha)
+    shown = np.linspace(1, L, min(L, max_rows or L)).round().astype(int).tolist()
+    lines = []
+    for i in shown:
+        shades = (alpha[i - 1].abs().unsqueeze(1) >= alpha.new_tensor(LEVELS)).sum(1) * mask[i - 1]
+        cells = (
+            (" .-=#" if a < 0 else " ░▒▓█")[shade]
+            for a, shade in zip(alpha[i - 1].tolist(), shades.tolist(), strict=True)
+        )
+        lines.append(f"Y_{i:<3}|{''.join(cells)[: i + 1]}|")
+    key = "from 0.01, 0.03, 0.1, 0.3 on:  positive ░ ▒ ▓ █  negative . - = #"
+    return "\n".join(["     X_0 ... X_i", *lines, key])
+
+
+def new_figure(*args, **kwargs):
+    """Return a matplotlib figure and its axes. Raises ImportError without matplotlib.
+
+    Not of pyplot, which would choose a backend, also for the program that imports this one.
+    """
+    from matplotlib.figure import Figure
+
+    layout = {name: kwargs.pop(name) for name in ("figsize",) if name in kwargs}
+    figure = Figure(layout="constrained", **layout)
+    return figure, figure.subplots(*args, **kwargs)
+
+
+def plot_losses(log: Path, picture: Path):
+    """Draw the losses in log.jsonl. Raises ImportError without matplotlib."""
+    figure, axes = new_figure(figsize=(7, 4))
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if points:  # a short run logs no training loss
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=150)
