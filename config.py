@@ -151,15 +151,19 @@ def find_device(name: str) -> torch.device:
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of that name; "auto" is bfloat16 if the hardware has it, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    bfloat16 = False
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return getattr(torch, name)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether the hardware multiplies bfloat16 matrices, rather than emulating it."""
     if device.type == "cuda":
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
         features = torch.cpu.get_capabilities()
-        bfloat16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    return torch.bfloat16 if bfloat16 else torch.float32
+        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return False
 
 
 # Dense bfloat16 FLOPs per second, from data sheets; the first name that matches counts.

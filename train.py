@@ -32,6 +32,7 @@ from config import (
     find_device,
     find_dtype,
     flag,
+    has_bfloat16,
     is_out_of_memory,
     parse_flags,
     peak_flops,
@@ -130,9 +131,11 @@ PAPER = {
     "weight_decay": 0.1, "eval_interval": 1000, "log_interval": 10,
 }  # fmt: skip
 
+CPU_MUON = hasattr(torch.optim, "Muon") and has_bfloat16(torch.device("cpu"))  # torch 2.9
+
 PRESETS = {
-    # two minutes on two cores; torch before 2.9 has no Muon
-    "cpu": {} if hasattr(torch.optim, "Muon") else {"optimizer": "adamw", "learning_rate": 4e-3},
+    # two minutes on two cores; Muon multiplies in bfloat16, which a CPU must have to be fast
+    "cpu": {} if CPU_MUON else {"optimizer": "adamw", "learning_rate": 4e-3},
     # nanoGPT's Shakespeare model, 10.7M parameters, as a DenseFormer
     "gpu": {
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2,

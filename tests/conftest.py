@@ -5,10 +5,16 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 import train
 from config import run_cli
 from tests.helpers import FAULTS, SMALL, flags, write_text
+
+# Models this small gain nothing from threads, which wait for each other on a busy machine. The
+# variable is for the scripts that run as processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
