@@ -178,7 +178,8 @@ class DWA(nn.Module):
         # In-place traffic does not depend on the mask. With fewer than about 2.5 entries per block,
         # naive traffic is less.
         dense = self.num_params() >= 2.5 * self.n_layer
-        if self.impl == "inplace" and dense and not torch.compiler.is_compiling():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.impl == "inplace" and dense and not traced:
             return InPlacePass(alpha, x)
         return NaivePass(alpha, self.rows, x)
 
@@ -592,10 +593,13 @@ class InPlacePass:
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or x.requires_grad):
             return self.buffer.forward(i, x)
-        y, self.order = InPlaceStep.apply(x, self.order, self.buffer, i)
-        return y
+        with (
+            torch.enable_grad()
+        ):  # also under no_grad, since a later Y may need the gradient of X_i
+            y, self.order = InPlaceStep.apply(x, self.order, self.buffer, i)
+        return y if torch.is_grad_enabled() else y.detach()
 
 
 class InPlaceStep(torch.autograd.Function):

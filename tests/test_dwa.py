@@ -103,6 +103,15 @@ def use_no_grad(*steps):
     return use
 
 
+def use_no_grad_steps_of_trained_blocks(dwa, blocks, x):
+    depth = dwa(x)
+    for i, block in enumerate(blocks, start=1):
+        x = x + block(x)
+        with torch.set_grad_enabled(i not in (3, 4, 7)):  # Y_i is a constant, X_i is not
+            x = depth.step(i, x)
+    x.square().sum().backward()
+
+
 def use_checkpoint(dwa, blocks, x):
     run(
         dwa, [lambda x, b=b: checkpoint(b, x, use_reentrant=False) for b in blocks], x
@@ -143,6 +152,7 @@ USES = {
     "exception": use_exception,
     "no_grad first": use_no_grad(0, 1, 2, 3),
     "no_grad at times": use_no_grad(3, 5, 6, 8),
+    "no_grad around steps": use_no_grad_steps_of_trained_blocks,
     "checkpoint": use_checkpoint,
     "any layout": use_any_layout,
     "blocks in place": use_blocks_in_place,
@@ -322,6 +332,24 @@ def test_what_is_masked_is_never_read_or_trained():
     change = (dwa.alpha - before).abs()
     assert (change > 0).equal(expected)
     assert change.max() < 0.05  # a decay of 10 x 1e-2 x 3 steps would take a quarter of each
+
+
+@pytest.mark.parametrize("impl", ["inplace", "naive"])
+def test_alpha_learns_from_activations_of_another_dtype_after_frozen_blocks(impl):
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        dwa, x = DWA(9, "1x1", impl), torch.randn(2, 3, 8, dtype=torch.float64).to(dtype)
+        dwa.alpha.requires_grad_()
+        with torch.no_grad():
+            depth = dwa(x)
+            x = depth.step(1, x.sin())
+        for i in range(2, 10):
+            x = depth.step(i, x.sin())
+        x.square().sum().backward()
+        assert dwa.alpha.grad.dtype == torch.float32
+        results.append(dwa.alpha.grad)
+    torch.testing.assert_close(*results)
 
 
 def test_pruning_and_parametrization_of_alpha():
