@@ -122,12 +122,14 @@ class DWA(nn.Module):
 
     impl "naive" computes the formula directly. impl "inplace" computes the same with a fraction of
     the memory traffic, but supports only one backward and no double backward. It falls back to
-    naive for sparse masks, where that is faster, and under torch.compile and torch.export. Raises
-    ValueError for an unknown pattern or impl.
+    naive for sparse masks, where that is faster, and under torch.compile, torch.export and
+    torch.func. Raises ValueError for an unknown pattern or impl.
     """
 
     def __init__(self, n_layer: int, pattern: str = "1x1", impl: str = "inplace"):
         super().__init__()
+        if n_layer < 1:
+            raise ValueError(f"n_layer must be at least 1, not {n_layer}")
         if impl not in ("inplace", "naive"):
             raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {impl!r}")
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
@@ -179,7 +181,8 @@ class DWA(nn.Module):
         # naive traffic is less.
         dense = self.num_params() >= 2.5 * self.n_layer
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.impl == "inplace" and dense and not traced:
+        traced = traced or torch._C._are_functorch_transforms_active()  # torch.func
+        if self.impl == "inplace" and dense and x.is_floating_point() and not traced:
             return InPlacePass(alpha, x)
         return NaivePass(alpha, self.rows, x)
 
@@ -190,18 +193,18 @@ class NaivePass:
     def __init__(self, alpha: Tensor, rows: list[list[int]], x: Tensor):
         self.alpha, self.rows, self.shape = alpha.to(x.dtype), rows, x.shape
         self.read = set().union(*rows)  # the j of all X_j that some DWA reads
-        self.X = {0: (x, version(x))}
+        self.X = {0: remember(x)}
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
         check_step(i, len(self.rows), x, self.shape)
         if i in self.read:
-            self.X[i] = x, version(x)
+            self.X[i] = remember(x)
         row = self.rows[i - 1]
         if not row:
             return x
         for j in row:  # without a DWA, Y_j is the tensor X_j itself, which a block may modify
-            if j not in self.X or version(self.X[j][0]) != self.X[j][1]:
+            if j not in self.X or is_modified(*self.X[j]):
                 raise RuntimeError(
                     f"DWA {i} reads X_{j}, but step {j} was skipped or X_{j} was modified in place"
                 )
@@ -210,9 +213,15 @@ class NaivePass:
         return sum(terms[1:], terms[0]).to(x.dtype)
 
 
-def version(x: Tensor) -> int:
-    """Return autograd's version counter, the number of in-place operations on x, if it has one."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def remember(x: Tensor) -> tuple[Tensor, int | None]:
+    """Return x and its version, the number of in-place operations on it; a copy if none is kept."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return x.clone(), None
+    return x, x._version
+
+
+def is_modified(x: Tensor, version: int | None) -> bool:
+    return version is not None and not torch.compiler.is_compiling() and x._version != version
 
 
 def check_step(i: int, L: int, x: Tensor, shape: torch.Size):
@@ -638,7 +647,7 @@ class InPlaceBuffer:
             raise RuntimeError(
                 f"the steps of an in-place DWA pass come once each, in order, and not after its "
                 f"backward has begun: got step {i}, expected {self.next}. (Checkpointing may wrap "
-                f"blocks but not DWAs.) DWA(..., impl='naive') allows this"
+                f"blocks, and DWAs only with impl='naive' and use_reentrant=False.)"
             )
         alpha, X, lo = self.alpha, self.X, i - i % self.b
         X[:, i] = x.reshape(self.S, -1)

@@ -352,6 +352,64 @@ def test_alpha_learns_from_activations_of_another_dtype_after_frozen_blocks(impl
     torch.testing.assert_close(*results)
 
 
+class WithInPlaceBlocks(nn.Module):
+    """Blocks that write to their input, which for a sparse pattern is an X_j that is read again."""
+
+    def __init__(self, pattern):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)) for _ in range(6)
+        )
+        self.dwa = DWA(6, pattern)
+        self.double()
+        randomise(self.dwa)
+
+    def forward(self, x, in_place=True):
+        x = self.stem(x)
+        depth = self.dwa(x)
+        for i, block in enumerate(self.blocks, start=1):
+            x = depth.step(i, block(x if in_place else x.clone()))
+        return x
+
+
+@pytest.mark.parametrize("pattern", ["1x1", "4x2"])
+def test_blocks_that_write_to_their_input_where_it_is_not_counted(pattern):
+    net, x = WithInPlaceBlocks(pattern), torch.randn(4, 8, dtype=torch.float64)
+    right = net(x, in_place=False)
+    right.sum().backward()
+    expected = gradients(net)
+    with torch.inference_mode():
+        assert_same(net(x), right.detach())
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="aot_eager")
+    exported = torch.export.export(net, (x,)).module()
+    for module, run in ((net, compiled), (exported, exported)):
+        module.zero_grad()
+        y = run(x)
+        y.sum().backward()
+        assert_same(y, right)
+        ours = dict(module.named_parameters())
+        assert_same({name: ours[name].grad for name in expected}, expected)
+    torch._dynamo.reset()
+
+
+def test_torch_func_and_tracing_take_the_formula():
+    model = tiny(n_layer=3)
+    with torch.no_grad():
+        model.dwa.alpha.copy_(model.dwa.weights())
+    parameters = dict(model.named_parameters())
+    ours = torch.func.grad(lambda p: torch.func.functional_call(model, p, (IDX, IDX))[1])(
+        parameters
+    )
+    model(IDX, IDX)[1].backward()
+    assert_same(ours, gradients(model))
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (IDX, IDX), check_trace=False)
+        assert_same(traced(IDX.flip(0), IDX)[0], model(IDX.flip(0), IDX)[0])
+
+
 def test_pruning_and_parametrization_of_alpha():
     from torch.nn.utils import prune
 
