@@ -597,16 +597,16 @@ class InPlacePass:
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
-        self.buffer, self.order = InPlaceBuffer(alpha, x), alpha
-        self.step(0, x)
+        self.buffer, self.start = InPlaceBuffer(alpha, x), (x, alpha)
+        self.order: Tensor | None = None
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
         if not (torch.is_grad_enabled() or x.requires_grad):
             return self.buffer.forward(i, x)
-        with (
-            torch.enable_grad()
-        ):  # also under no_grad, since a later Y may need the gradient of X_i
+        with torch.enable_grad():  # if only X_i has gradients, a later Y may need that of X_i
+            if self.order is None:  # step 0, which inference leaves out
+                _, self.order = InPlaceStep.apply(*self.start, self.buffer, 0)
             y, self.order = InPlaceStep.apply(x, self.order, self.buffer, i)
         return y if torch.is_grad_enabled() else y.detach()
 
@@ -616,7 +616,7 @@ class InPlaceStep(torch.autograd.Function):
     def forward(ctx, x, order, buffer, i):
         ctx.buffer, ctx.i = buffer, i
         ctx.set_materialize_grads(False)  # the gradient of a Y_i that nothing reads is None
-        return buffer.forward(i, x), order.new_empty(0)
+        return buffer.forward(i, x) if i > 0 else None, order.new_empty(0)
 
     @staticmethod
     def backward(ctx, g, _):
@@ -633,16 +633,16 @@ class InPlaceBuffer:
         self.L, self.b, self.shape = len(alpha) - 1, TILE, x.shape
         self.S = math.gcd(math.prod(x.shape[:-1]), 16)
         self.X = x.new_empty(self.S, self.L + 1 + self.b, x.numel() // self.S)
+        self.X[:, 0] = x.detach().reshape(self.S, -1)
         self.tile = self.X[:, :0]  # contributions of older X to the tile; of newer G, backward
         self.alpha = alpha.detach().to(x.dtype)
         self.dalpha = torch.zeros_like(alpha) if alpha.requires_grad else None
-        self.next = 0  # the step that is due in the forward pass
+        self.next = 1  # the step that is due in the forward pass
         self.task = -1  # the id of the backward pass that has begun
 
     def forward(self, i: int, x: Tensor) -> Tensor:
-        """X_i -> Y_i, for i = 0..L in order."""
-        if i > 0:
-            check_step(i, self.L, x, self.shape)
+        """X_i -> Y_i, for i = 1..L in order."""
+        check_step(i, self.L, x, self.shape)
         if i != self.next or self.task != -1:
             raise RuntimeError(
                 f"the steps of an in-place DWA pass come once each, in order, and not after its "
@@ -652,8 +652,6 @@ class InPlaceBuffer:
         alpha, X, lo = self.alpha, self.X, i - i % self.b
         X[:, i] = x.reshape(self.S, -1)
         self.next = i + 1
-        if i == 0:
-            return x
         if i == lo:  # a new tile begins
             self.tile = matmul(alpha[lo : lo + self.b, :lo], X[:, :lo])
         older = self.tile[:, i - lo : i - lo + 1] if lo else None
