@@ -40,7 +40,7 @@ def init_processes() -> int | None:
 
 
 def end_processes():
-    """Wait for all ranks, for instance until rank 0 has saved, and take leave of them."""
+    """Wait for all ranks, for instance until rank 0 has saved, and leave the process group."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
