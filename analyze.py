@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from batches import eval_offsets, stack_windows
 from checkpoint import CheckpointError, checkpoint_errors, load_model, save_checkpoint
 from config import UsageError, find_device, flag, parse_flags, run_cli
+from data.dataset import eval_offsets, stack_windows
 from data.errors import UserError
 from denseformer import DWA, dwa_pattern
 from figures import new_figure, text_heat_map
@@ -37,7 +37,7 @@ class AnalyzeConfig:
     out_dir: str = flag("out", "folder of the run")
     checkpoint: str = flag("best", "best or last", choices=("best", "last"))
     plain: str | None = flag(None, "folder of a plain Transformer's run, to compare with")
-    prune: float = flag(0.0, "fraction of the alphas, the smallest, to drop in pruned.pt", low=0.0)
+    prune: float = flag(0.0, "fraction of the alphas, the smallest, to drop in pruned.pt", 0, 1)
     tokens: int = flag(50_000, "validation tokens to measure on, at most", low=1)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 
@@ -274,8 +274,6 @@ def plot_singular_values(values, path):
 
 def main(argv=None):
     config = AnalyzeConfig(**parse_flags(AnalyzeConfig, argv, __doc__))
-    if config.prune >= 1:
-        raise UsageError(f"--prune must be below 1, not {config.prune}")
     device = find_device(config.device)
     out_dir = Path(config.out_dir)
     run = Run(out_dir / f"{config.checkpoint}.pt", config.tokens, device)

@@ -33,8 +33,10 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"cannot write {path}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+    except RuntimeError:  # how torch reports a full disk, in words of its C++ code
+        raise CheckpointError(f"cannot write {path}: is the disk full?") from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -37,9 +37,10 @@ class UsageError(UserError):
 # Flags
 
 
-def flag(default, help: str, low=None, choices=None):
-    """Return a dataclass field that is a flag; `low` is the smallest value allowed."""
-    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
+def flag(default, help: str, low=None, below=None, choices=None):
+    """Return a dataclass field that is a flag, for values from `low` on, `below` a limit."""
+    limits = {"low": low, "below": below, "choices": choices}
+    return field(default=default, metadata={"help": help} | limits)
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,17 +69,14 @@ def parse_flags(
         if title := getattr(settings, "GROUPS", {}).get(f.name):
             group = parser.add_argument_group(title)
         kind, choices = (get_args(f.type) or (f.type,))[0], f.metadata["choices"]
-        options: dict[str, Any] = {
-            "type": TYPES[kind],
-            "metavar": "|".join(choices or [kind.__name__.upper()]),
-        }
+        options = {"type": TYPES[kind], "metavar": "|".join(choices or [kind.__name__.upper()])}
         if kind is bool:  # --compile, --compile=False and --compile false
             options |= {"nargs": "?", "const": True, "metavar": "True|False"}
-        if choices:
-            options["choices"] = choices
         help = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
         help = help.replace("%", "%%")
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
+        group.add_argument(
+            f"--{f.name}", default=argparse.SUPPRESS, help=help, choices=choices, **options
+        )
 
     def normalize(word: str) -> str:  # --max-iters=3 is --max_iters=3; values stay as they are
         name, equals, value = word.partition("=")
@@ -95,12 +93,15 @@ def parse_flags(
         near = difflib.get_close_matches(name[2:].replace("-", "_"), names, n=1)
         hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
         raise UsageError(f"unknown flag {name}; {hint}")
-    for f in fields(settings):
-        value, low = getattr(flags, f.name, None), f.metadata["low"]
-        if value is not None and low is not None and value < low:
-            raise UsageError(f"--{f.name} must be at least {low}, not {value}")
+    limits = {f.name: f.metadata for f in fields(settings)}
+    for name, value in vars(flags).items():
+        low, below = limits[name]["low"], limits[name]["below"]
         if value == "":
-            raise UsageError(f"--{f.name} is empty; leave it out for its default")
+            raise UsageError(f"--{name} is empty; leave it out for its default")
+        if low is not None and value < low:
+            raise UsageError(f"--{name} must be at least {low}, not {value}")
+        if below is not None and value >= below:
+            raise UsageError(f"--{name} must be below {below}, not {value}")
     return vars(flags)
 
 
@@ -150,20 +151,17 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of that name; "auto" is bfloat16 if the hardware has it, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16(device) else torch.float32
-    return getattr(torch, name)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies bfloat16 matrices, rather than emulating it."""
+    """Return the dtype of that name; "auto" is bfloat16 if the hardware multiplies matrices of it,
+    rather than emulating that, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    native = False
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # torch 2.10
         features = torch.cpu.get_capabilities()
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    return False
+        native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 # Dense bfloat16 FLOPs per second, from data sheets; the first name that matches counts.
@@ -186,16 +184,20 @@ def peak_flops(device: torch.device) -> float | None:
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run main() and exit with its status; a problem that users can fix ends in one sentence."""
+    rank = int(os.environ.get("RANK", 0))  # of torchrun's processes the first one prints
+    if sys.stdout is None or rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a text may have letters that a pipe has not
             stream.reconfigure(errors="replace")
     os.environ["MPLBACKEND"] = "agg"  # a notebook's !python inherits one that needs its kernel
-    status: int = 1
-    message: object = None
+    status, message = 1, ""
     try:
         status = main() or 0
     except UserError as error:
-        status, message = (2 if isinstance(error, UsageError) else 1), error
+        status, message = (2 if isinstance(error, UsageError) else 1), str(error)
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # whoever read our output has read enough
@@ -203,14 +205,11 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         message = f"{error.filename or 'cannot read or write a file'}: {error.strerror or error}"
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        message = explain(error)
+        if not message:
             raise
-        message = (
-            "out of memory: lower --batch_size, and raise --gradient_accumulation_steps by the "
-            "same factor to keep the number of tokens per iteration"
-        )
     with contextlib.suppress(OSError):
-        if message:
+        if message and (rank == 0 or status == 1):  # a wrong flag is the same for all processes
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()
@@ -219,9 +218,15 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a GPU, torch's CPU allocator or numpy ran out of memory."""
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "can't allocate memory" in str(error)  # a plain RuntimeError
-    )
+def explain(error: BaseException) -> str:
+    """Return what to do about an error of torch or numpy, or "" if that is not known."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, kinds) or "can't allocate memory" in str(error):  # the latter on a CPU
+        return (
+            "out of memory: lower --batch_size, and raise --gradient_accumulation_steps by the "
+            "same factor to keep the number of tokens per step"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2]).strip()
+        return f"torch.compile failed: {reason}; --compile=False trains without it"
+    return ""

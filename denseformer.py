@@ -134,6 +134,7 @@ class DWA(nn.Module):
             raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {impl!r}")
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
+        self.read = set().union(*self.rows)  # the j of all X_j that some DWA reads
         # Plain tensors on the CPU rather than buffers: they follow from the pattern, so they are
         # not loaded, and a model built on the meta device has their values too.
         self._mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
@@ -184,15 +185,15 @@ class DWA(nn.Module):
         traced = traced or torch._C._are_functorch_transforms_active()  # torch.func
         if self.impl == "inplace" and dense and x.is_floating_point() and not traced:
             return InPlacePass(alpha, x)
-        return NaivePass(alpha, self.rows, x)
+        return NaivePass(alpha, self.rows, self.read, x)
 
 
 class NaivePass:
     """Computes the formula directly and leaves the gradients to autograd."""
 
-    def __init__(self, alpha: Tensor, rows: list[list[int]], x: Tensor):
-        self.alpha, self.rows, self.shape = alpha.to(x.dtype), rows, x.shape
-        self.read = set().union(*rows)  # the j of all X_j that some DWA reads
+    def __init__(self, alpha: Tensor, rows: list[list[int]], read: set[int], x: Tensor):
+        self.alpha, self.rows, self.read = alpha.to(x.dtype), rows, read
+        self.shape = x.shape
         self.X = {0: remember(x)}
 
     def step(self, i: int, x: Tensor) -> Tensor:
@@ -444,40 +445,6 @@ class DenseFormer(nn.Module):
             return self.lm_head(self.ln_f(x[:, [-1]])), None  # (B, 1, V)
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         return logits, self.loss(logits, targets)
-
-    def configure_optimizers(
-        self,
-        learning_rate: float,
-        weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.95),
-        optimizer: str = "adamw",
-    ) -> list[torch.optim.Optimizer]:
-        """Return the optimizers: AdamW, or Muon for the blocks' matrices and AdamW for the rest.
-
-        Matrices and the embedding decay; norms and biases do not. Nor does alpha: its diagonal
-        starts at 1, as the skip connection through the depth. (The authors' experiments did decay
-        it.) Muon needs torch 2.9 or later; it is scaled to suit AdamW's learning rate and weight
-        decay (arXiv 2502.16982).
-        """
-        if optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer must be 'adamw' or 'muon', not {optimizer!r}")
-        decayed = {n: p for n, p in self.named_parameters() if p.dim() >= 2 and n != "dwa.alpha"}
-        others = [p for n, p in self.named_parameters() if n not in decayed]
-        optimizers: list[torch.optim.Optimizer] = []
-        if optimizer == "muon":
-            matrices = [decayed.pop(n) for n in list(decayed) if n.startswith("blocks.")]
-            optimizers.append(
-                torch.optim.Muon(
-                    matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
-        groups = [
-            {"params": list(decayed.values()), "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        fused = self.wte.weight.device.type in ("cuda", "cpu")
-        optimizers.append(torch.optim.AdamW(groups, learning_rate, betas, fused=fused))
-        return optimizers
 
     # -------------------------------------------------------------------------
     # Generation

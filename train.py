@@ -9,9 +9,13 @@ python train.py --init_from out/best.pt --dwa 2x1 --out_dir out-more    from tra
 torchrun --standalone --nproc_per_node 8 train.py --preset paper-48     several GPUs
 """
 
+import contextlib
 import math
+import os
 import shlex
-import textwrap
+import signal
+import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -21,38 +25,24 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import data
-from batches import eval_offsets, stack_windows
 from checkpoint import Log, checkpoint_errors, load_checkpoint, load_weights, save_checkpoint
-from config import (
-    UsageError,
-    find_device,
-    find_dtype,
-    flag,
-    has_bfloat16,
-    is_out_of_memory,
-    parse_flags,
-    peak_flops,
-    run_cli,
-)
+from config import UsageError, find_device, find_dtype, flag, parse_flags, peak_flops, run_cli
+from data.dataset import eval_offsets, stack_windows
 from data.errors import UserError
 from denseformer import DWA, DenseFormer, DenseFormerConfig
 from figures import plot_losses, text_heat_map
-from processes import (
-    StopSignals,
-    all_reduce,
-    end_processes,
-    from_rank_0,
-    get_rank,
-    get_world_size,
-    init_processes,
-    lock_folder,
-    say,
-    wrap_ddp,
-)
+from optim import configure_optimizers, set_lr
+
+# torchrun sets these for each of its processes; without it there is one process, of rank 0
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 # -----------------------------------------------------------------------------
 # Settings. The defaults suit a CPU; a preset changes some, and flags override both.
@@ -65,6 +55,8 @@ PATTERNS = """depth-weighted averages: dilation x period such as 4x5; last4, the
  the embedding; connect-to-last; single rows such as 8:0,4,8; several joined by +; or none"""
 INIT_FROM = """checkpoint whose weights to start from; the model has its shape, and the DWAs and
  the data are the same unless flags change them"""
+PRESET_NAMES = ("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -74,10 +66,7 @@ class TrainConfig:
     dataset: str | None = flag(None, DATASETS)
     tokenizer: str | None = flag(None, TOKENIZERS, choices=("char", "byte", "gpt2"))
     shards: int = flag(1, "how many of openwebtext's 80 shards, 113 million tokens each", low=1)
-    preset: str = flag(
-        "auto", "settings of a whole run, see below; auto is cpu or gpu, whichever is found",
-        choices=("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small"),
-    )  # fmt: skip
+    preset: str = flag("auto", "see below; auto is cpu or gpu", choices=PRESET_NAMES)
     resume: bool = flag(False, "continue the run in out_dir")
     init_from: str | None = flag(None, INIT_FROM)
     overwrite: bool = flag(False, "replace the run in out_dir")
@@ -86,34 +75,32 @@ class TrainConfig:
     n_head: int = flag(2, "attention heads per block", low=1)
     n_embd: int = flag(128, "channels", low=1)
     block_size: int = flag(128, "context length in tokens", low=1)
-    dropout: float = flag(0.0, "dropout probability", low=0.0)
+    dropout: float = flag(0.0, "dropout probability", low=0)
     bias: bool = flag(False, "biases in linear layers and norms")
     dwa: str = flag("1x1", PATTERNS)
     dwa_impl: str = flag("inplace", "same result; inplace is fast", choices=("inplace", "naive"))
-    dwa_start_iter: int = flag(0, "the alphas stay at the identity until this step", low=0)
+    dwa_start_iter: int = flag(0, "train the alphas from this step on; freeze them before", low=0)
     skip_gains: bool = flag(False, "a learned scale on each skip connection")
     # optimization
     max_iters: int = flag(1000, "training steps", low=1)
     batch_size: int = flag(12, "micro-batch size: sequences per forward pass", low=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches per step, on all GPUs", low=1)
     optimizer: str = flag("muon", "muon is for the matrices in blocks", choices=("adamw", "muon"))
-    learning_rate: float = flag(1.5e-2, "peak learning rate", low=0.0)
-    min_lr: float = flag(0.0, "learning rate at the end of its cosine decay", low=0.0)
+    learning_rate: float = flag(1.5e-2, "peak learning rate", low=0)
+    dwa_lr_scale: float = flag(1.0, "the alphas' learning rate, as a multiple of that", low=0)
+    min_lr: float = flag(0.0, "learning rate at the end of its cosine decay", low=0)
     warmup_iters: int = flag(60, "steps of linear warm-up", low=0)
-    weight_decay: float = flag(0.3, "for matrices and the embedding", low=0.0)
-    beta1: float = flag(0.9, "AdamW's first beta", low=0.0)
-    beta2: float = flag(0.95, "AdamW's second beta", low=0.0)
-    grad_clip: float = flag(1.0, "largest norm of the gradient, 0 for no limit", low=0.0)
+    weight_decay: float = flag(0.3, "for matrices and the embedding", low=0)
+    beta1: float = flag(0.9, "AdamW's first beta", low=0, below=1)
+    beta2: float = flag(0.95, "AdamW's second beta", low=0, below=1)
+    grad_clip: float = flag(1.0, "largest norm of the gradient, 0 for no limit", low=0)
     # evaluation and logs
     eval_interval: int = flag(250, "steps between evaluations, each with a checkpoint", low=1)
     eval_iters: int = flag(200, "at most this many steps' worth of validation tokens", low=1)
     log_interval: int = flag(20, "steps between log lines", low=1)
     # system
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
-    dtype: str = flag(
-        "auto", "of activations; auto is bfloat16 where the hardware has it, else float32",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )  # fmt: skip
+    dtype: str = flag("auto", "auto is bfloat16 where the hardware has it", choices=DTYPES)
     compile: bool | None = flag(None, "torch.compile the model (default: with CUDA and Triton)")
     seed: int = flag(1337, "for weights, batches and dropout", low=0)
 
@@ -131,11 +118,8 @@ PAPER = {
     "weight_decay": 0.1, "eval_interval": 1000, "log_interval": 10,
 }  # fmt: skip
 
-CPU_MUON = hasattr(torch.optim, "Muon") and has_bfloat16(torch.device("cpu"))  # torch 2.9
-
 PRESETS = {
-    # two minutes on two cores; Muon multiplies in bfloat16, which a CPU must have to be fast
-    "cpu": {} if CPU_MUON else {"optimizer": "adamw", "learning_rate": 4e-3},
+    "cpu": {},  # the defaults above: two or three minutes on two cores
     # nanoGPT's Shakespeare model, 10.7M parameters, as a DenseFormer
     "gpu": {
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2,
@@ -159,93 +143,101 @@ SHAPE = ["n_layer", "n_head", "n_embd", "bias", "skip_gains"]
 DATA = ["dataset", "tokenizer", "shards"]
 
 
-def load_config(overrides):
+def describe_presets():
+    """Return the presets as a table, for --help."""
+    presets = [preset for preset in PRESETS.values() if preset]
+    rows = [["preset", *(name for name, preset in PRESETS.items() if preset)]]
+    for name in (f.name for f in fields(TrainConfig)):
+        if any(name in preset for preset in presets):
+            rows.append([name, *(str(preset.get(name, "")) for preset in presets)])
+    lines = "\n".join(f"  {row[0]:29}" + "".join(f"{cell:13}" for cell in row[1:]) for row in rows)
+    return f"presets (cpu and empty cells are the defaults above):\n{lines}"
+
+
+def load_config(argv):
     """Return the settings, and the checkpoint to resume or None.
 
-    Defaults < preset < checkpoint, with --resume or --init_from < overrides, the flags given.
-    Raises UserError if they contradict each other, the checkpoint, or this machine.
+    Defaults < preset < checkpoint, with --resume or --init_from < flags. Raises UserError if they
+    contradict each other, the checkpoint, or this machine.
     """
+    overrides = parse_flags(TrainConfig, argv, __doc__, describe_presets())
     out_dir = Path(overrides.get("out_dir", TrainConfig.out_dir))
-    checkpoint = None
     if overrides.get("resume"):
-        if overrides.get("overwrite"):
-            raise UsageError("--resume and --overwrite contradict each other")
-        checkpoint = load_checkpoint(out_dir / "last.pt")
-        with checkpoint_errors(out_dir / "last.pt"):
-            base = asdict(TrainConfig(**checkpoint["train_config"])) | {"overwrite": False}
-            product = base["batch_size"] * base["gradient_accumulation_steps"]
-            step = int(checkpoint["step"])
-        keep(overrides, {name: base[name] for name in FIXED}, f"the run in {out_dir}")
-    else:
-        runs = [name for name in ("last.pt", "best.pt") if (out_dir / name).exists()]
-        if runs and not overrides.get("overwrite"):
-            raise UserError(
-                f"{out_dir} already contains a run ({runs[0]}): --resume continues it, "
-                f"--overwrite replaces it, and another --out_dir keeps it"
-            )
-        preset = overrides.get("preset", "auto")
-        if preset == "auto":
-            device = find_device(overrides.get("device", "auto"))
-            preset = "cpu" if device.type == "cpu" else "gpu"
-        base = PRESETS[preset]
-        overrides = overrides | {"preset": preset}
-        if path := overrides.get("init_from"):
-            other = load_checkpoint(Path(path))
-            with checkpoint_errors(Path(path)):
-                shape = asdict(DenseFormerConfig(**other["model_config"]))
-                base = {name: other["train_config"][name] for name in DATA} | base
-            base |= {name: shape[name] for name in (*SHAPE, "block_size", "dwa")}
-            keep(overrides, {name: shape[name] for name in SHAPE}, path)
+        return resume_config(overrides, out_dir)
+    runs = [name for name in ("last.pt", "best.pt") if (out_dir / name).exists()]
+    if runs and not overrides.get("overwrite"):
+        raise UserError(
+            f"{out_dir} already contains a run ({runs[0]}): --resume continues it, --overwrite "
+            f"replaces it, and another --out_dir keeps it"
+        )
+    preset = overrides.get("preset", "auto")
+    if preset == "auto":
+        device = find_device(overrides.get("device", "auto"))
+        preset = "cpu" if device.type == "cpu" else "gpu"
+    base = PRESETS[preset]
+    if path := overrides.get("init_from"):
+        other = load_checkpoint(Path(path))
+        with checkpoint_errors(Path(path)):
+            shape = asdict(DenseFormerConfig(**other["model_config"]))
+            base = {name: other["train_config"][name] for name in DATA} | base
+        base |= {name: shape[name] for name in (*SHAPE, "block_size", "dwa")}
+        check_kept(overrides, {name: shape[name] for name in SHAPE}, path)
+    config = TrainConfig(**(base | overrides | {"preset": preset}))
+    check(config)
+    return config, None
+
+
+def resume_config(overrides, out_dir):
+    """Return the settings and the checkpoint of the run in out_dir."""
+    if overrides.get("overwrite"):
+        raise UsageError("--resume and --overwrite contradict each other")
+    checkpoint = load_checkpoint(out_dir / "last.pt")
+    with checkpoint_errors(out_dir / "last.pt"):
+        base = asdict(TrainConfig(**checkpoint["train_config"]))
+        sequences = base["batch_size"] * base["gradient_accumulation_steps"]
+        step = int(checkpoint["step"])
+    check_kept(overrides, {name: base[name] for name in FIXED}, f"the run in {out_dir}")
     config = TrainConfig(**(base | overrides))
     check(config)
-    if checkpoint:
-        if step > config.max_iters:
-            raise UsageError(f"--max_iters {config.max_iters}: {out_dir} is at step {step} already")
-        if config.batch_size * config.gradient_accumulation_steps != product:
-            raise UsageError(
-                f"--batch_size x --gradient_accumulation_steps must stay at {product} sequences "
-                f"per step, as the run in {out_dir} began"
-            )
+    if step > config.max_iters:
+        raise UsageError(f"--max_iters {config.max_iters}: {out_dir} is at step {step} already")
+    if config.batch_size * config.gradient_accumulation_steps != sequences:
+        raise UsageError(
+            f"--batch_size x --gradient_accumulation_steps must stay at {sequences} sequences per "
+            f"step, as the run in {out_dir} began"
+        )
     return config, checkpoint
 
 
-def keep(overrides, fixed, owner):
-    """Raise UsageError for a flag that differs from the settings that the owner has."""
-    for name, value in fixed.items():
+def check_kept(overrides, kept, owner):
+    """Raise UsageError for a flag that differs from the settings that the owner keeps."""
+    for name, value in kept.items():
         if overrides.get(name, value) != value:
             raise UsageError(f"--{name} {overrides[name]}: {owner} has {value}")
 
 
 def check(config):
     """Raise UsageError for settings that do not work together; flag() has the range of each."""
-    for name in ("beta1", "beta2"):
-        if getattr(config, name) >= 1:
-            raise UsageError(f"--{name} must be below 1, not {getattr(config, name)}")
     if config.min_lr > config.learning_rate:
         raise UsageError(
             f"--min_lr {config.min_lr} (from a preset if you did not set it) is above "
             f"--learning_rate {config.learning_rate}"
         )
-    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise UsageError(f"--optimizer muon needs torch 2.9; this is {torch.__version__}")
-    if config.optimizer == "muon" and config.dtype == "float16":
-        raise UsageError("--dtype float16 needs --optimizer adamw, because of its scaled gradients")
     find_device(config.device)
     try:
-        model = DenseFormerConfig(**model_settings(config), vocab_size=1)
-        dwa = DWA(model.n_layer, model.dwa)
+        DenseFormerConfig(**model_settings(config), vocab_size=1)
     except ValueError as error:
         raise UsageError(f"--{error}") from None
-    if config.dwa != "none" and not dwa.num_params():
+    if config.dwa != "none" and not DWA(config.n_layer, config.dwa).num_params():
         raise UsageError(
             f"--dwa {config.dwa} has no DWA in {config.n_layer} blocks: use more blocks, or "
             f"--dwa none for the plain Transformer"
         )
-    if config.gradient_accumulation_steps % get_world_size():
+    if config.gradient_accumulation_steps % WORLD_SIZE:
         raise UsageError(
             f"--gradient_accumulation_steps {config.gradient_accumulation_steps} is shared among "
-            f"{get_world_size()} processes and must be divisible by that; a smaller --batch_size "
-            f"keeps the number of tokens per step"
+            f"{WORLD_SIZE} processes and must be divisible by that; a smaller --batch_size keeps "
+            f"the number of tokens per step"
         )
 
 
@@ -253,36 +245,6 @@ def model_settings(config):
     """Return the fields of DenseFormerConfig that are flags."""
     names = [f.name for f in fields(DenseFormerConfig) if f.name != "vocab_size"]
     return {name: getattr(config, name) for name in names}
-
-
-def describe_presets():
-    """Return the presets as text, for --help."""
-    presets = {name: preset for name, preset in PRESETS.items() if preset}
-    lines = [
-        f"--preset {name}: " + " ".join(f"--{flag}={value}" for flag, value in preset.items())
-        for name, preset in presets.items()
-    ]
-    return "\n".join(["--preset cpu: the defaults above", *map(textwrap.fill, lines)])
-
-
-def describe_run(model, dataset, config, device, dtype):
-    """Return what the run is going to do, in a few lines."""
-    dwa, accumulation = model.dwa, config.gradient_accumulation_steps
-    name = f"DenseFormer {config.dwa}" if dwa.num_params() else "Transformer"
-    alphas = f", {dwa.num_params():,} of them alphas (sparsity {dwa.sparsity():.1%})"
-    per_step = accumulation * config.batch_size * config.block_size
-    tokens = config.max_iters * per_step
-    return (
-        f"{name}: {config.n_layer} blocks of {config.n_embd} channels, "
-        f"{model.num_params():,} parameters{alphas if dwa.num_params() else ''}\n"
-        f"{dataset.name}: {len(dataset.train):,} tokens for training, {len(dataset.val):,} for "
-        f"validation, {dataset.tokenizer.vocab_size:,} different ones\n"
-        f"tokens per step: {per_step:,} = {accumulation} gradient accumulation steps x "
-        f"{config.batch_size} sequences x {config.block_size} tokens\n"
-        f"{config.max_iters:,} steps, {tokens:,} tokens ({tokens / len(dataset.train):.1f} epochs),"
-        f" {model.flops_per_token() * tokens:.1e} FLOPs, on {get_world_size()} x {device} in "
-        f"{str(dtype).removeprefix('torch.')}"
-    )
 
 
 def resume_flags(out_dir):
@@ -294,23 +256,62 @@ def resume_flags(out_dir):
 # Parts of the run
 
 
+def say(text):
+    """Print above the progress bar. A reader that has gone, as after `| head`, ends nothing."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def all_reduce(number, op=distributed.ReduceOp.SUM):
+    """Return the sum of the processes' numbers, or another reduction."""
+    if WORLD_SIZE == 1:
+        return number
+    result = torch.tensor(number, dtype=torch.float64)
+    distributed.all_reduce(result, op)
+    return result.item()
+
+
+class StopSignals:
+    """From install() to restore(), SIGINT and SIGTERM only ask the loop to save and stop.
+
+    A second one ends the program at once, but not within seconds of the first: a scheduler signals
+    torchrun and its workers, and then torchrun signals the workers as well.
+    """
+
+    def __init__(self):
+        self.received, self.time, self.previous = 0, 0.0, {}
+
+    def install(self):
+        if threading.current_thread() is threading.main_thread():  # no other thread may do this
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self.handle)
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def handle(self, number, frame):
+        if not self.received:
+            self.received, self.time = int(number), time.monotonic()
+        elif time.monotonic() - self.time > 3:
+            sys.exit(128 + number)
+
+    def any(self):
+        """Return a signal that this or another process has received, or 0."""
+        return int(all_reduce(self.received, distributed.ReduceOp.MAX))
+
+
 def load_dataset(config):
     """Return the data set, and store its name and its tokenizer in the config."""
-
-    def load():
-        return data.load(config.dataset, config.block_size, config.tokenizer, config.shards)
-
-    if distributed.is_initialized():
-        # Rank 0 downloads and tokenizes, while the others wait; then they find it in the cache,
-        # or on another machine get their own copy.
-        name = from_rank_0(lambda: load().name)
-        config.dataset = config.dataset or name
-    dataset = load()
+    # Of several processes one downloads and tokenizes, and the others wait for its lock.
+    dataset = data.load(config.dataset, config.block_size, config.tokenizer, config.shards)
     # For --resume: without a name the data depends on whether there is a network.
     config.dataset = config.dataset or dataset.name
     config.tokenizer = dataset.tokenizer.state()["kind"]
-    if distributed.is_initialized():
-        fingerprints = [None] * get_world_size()
+    if WORLD_SIZE > 1:
+        fingerprints = [None] * WORLD_SIZE
         distributed.all_gather_object(fingerprints, dataset.fingerprint())
         if len(set(fingerprints)) > 1:
             raise UserError(f"{dataset.name} differs between processes: {fingerprints}")
@@ -340,18 +341,17 @@ def evaluate(model, tokens, config, device, autocast, signals):
     B, T = config.batch_size, config.block_size
     limit = config.eval_iters * B * config.gradient_accumulation_steps
     offsets = eval_offsets(tokens, T, limit)
-    rank, world_size = get_rank(), get_world_size()
     loss_sum = count = 0.0
     model.eval()
-    for i in range(0, len(offsets), B * world_size):
-        mine = offsets[i + rank * B : i + (rank + 1) * B]
+    for i in range(0, len(offsets), B * WORLD_SIZE):
+        mine = offsets[i + RANK * B : i + (RANK + 1) * B]
         if len(mine):
             x, y = stack_windows(tokens, mine, (B, T), model.config.vocab_size, device)
             with autocast:
                 _, loss = model(x, y)
             n = (y >= 0).sum().item()
             loss_sum, count = loss_sum + loss.item() * n, count + n
-        if all_reduce(signals.received, distributed.ReduceOp.MAX):
+        if signals.any():
             return None
     model.train()
     return all_reduce(loss_sum) / all_reduce(count)
@@ -366,26 +366,6 @@ def get_lr(step, config):
     return config.min_lr + cosine * (config.learning_rate - config.min_lr)
 
 
-def compile_model(model, x, y, autocast):
-    """torch.compile the model, and run it once. Raises UserError if the compiler fails."""
-    model.compile()
-    try:
-        with autocast:
-            _, loss = model(x, y)
-        loss.backward()
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"torch.compile failed: {first_line(error)}; --compile=False trains without it"
-        ) from None
-    model.zero_grad(set_to_none=True)
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def check_finite(loss, parameters, step, out_dir):
     """Raise UserError if the loss or a parameter is not finite."""
     if not (math.isfinite(loss) and all(p.isfinite().all() for p in parameters)):
@@ -393,6 +373,23 @@ def check_finite(loss, parameters, step, out_dir):
             f"training has diverged at step {step}: a loss or a weight is not finite. "
             f"{out_dir}/last.pt is from before; try a lower --learning_rate or more --warmup_iters"
         )
+
+
+def describe_run(model, dataset, config, device, dtype):
+    """Return what the run is going to do, in a few lines."""
+    alphas = model.dwa.num_params()
+    name = f"DenseFormer {config.dwa}" if alphas else "Transformer"
+    accumulation, B, T = config.gradient_accumulation_steps, config.batch_size, config.block_size
+    tokens = config.max_iters * accumulation * B * T
+    return (
+        f"{name}: {config.n_layer} blocks of {config.n_embd} channels, {model.num_params():,} "
+        f"parameters, {alphas:,} of them alphas\n"
+        f"{dataset.name}: {len(dataset.train):,} tokens for training, {len(dataset.val):,} for "
+        f"validation, vocabulary of {dataset.tokenizer.vocab_size:,}\n"
+        f"{config.max_iters:,} steps of {accumulation * B * T:,} tokens ({accumulation} gradient "
+        f"accumulation steps x {B} sequences x {T}), {tokens / len(dataset.train):.1f} epochs\n"
+        f"{model.flops_per_token() * tokens:.1e} FLOPs on {WORLD_SIZE} x {device}, {dtype}"
+    )
 
 
 def show_run(model, tokenizer, config, device):
@@ -403,8 +400,6 @@ def show_run(model, tokenizer, config, device):
         say(f"loss curve: {out_dir}/loss.png")
     except ImportError:
         say("for a loss curve: pip install matplotlib")
-    except Exception as error:  # no picture is worth a traceback at the end of a run
-        say(f"cannot plot the losses: {first_line(error)}")
     if dwa.num_params():
         say("\nlearned alphas: each row is the average that the next block reads")
         say(text_heat_map(dwa.alpha.detach().cpu(), dwa.mask.cpu(), max_rows=12))
@@ -422,28 +417,38 @@ def show_run(model, tokenizer, config, device):
 
 def main(argv=None):
     """Train with these flags, or those of the command line, and return the exit status."""
-    device_index = init_processes()
-
     # 1. Settings
-    overrides = from_rank_0(parse_flags, TrainConfig, argv, __doc__, describe_presets())
-    config, checkpoint = from_rank_0(load_config, overrides)
-    device = find_device(config.device)
-    if device.type == "cuda" and device_index is not None:
-        device = torch.device("cuda", device_index)
-    lock, signals = FileLock(Path(config.out_dir) / ".lock"), StopSignals()
-    from_rank_0(lock_folder, lock)
+    config, checkpoint = load_config(argv)
+    device, out_dir = find_device(config.device), Path(config.out_dir)
+    if WORLD_SIZE > 1:
+        backend = "gloo"
+        if device.type == "cuda" and distributed.is_nccl_available():
+            backend = "cpu:gloo,cuda:nccl"
+            device = find_device(f"cuda:{LOCAL_RANK}")
+            torch.cuda.set_device(device)
+        # Days, because the others wait while one downloads.
+        distributed.init_process_group(backend, timeout=timedelta(days=7))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock, signals = FileLock(out_dir / ".lock"), StopSignals()
     try:
+        if RANK == 0:
+            lock.acquire(timeout=0)
         status = train(config, checkpoint, device, signals)
+    except Timeout:
+        raise UserError(
+            f"another run is training in {out_dir}: wait for it, or use another --out_dir"
+        ) from None
     finally:
         signals.restore()
         lock.release()
-    end_processes()
+    if WORLD_SIZE > 1:
+        distributed.barrier()  # until rank 0 has saved
+        distributed.destroy_process_group()
     return status
 
 
 def train(config, checkpoint, device, signals):
     """Train from the beginning or from a checkpoint, and return the exit status."""
-    rank, world_size = get_rank(), get_world_size()
     out_dir = Path(config.out_dir)
 
     # 2. Data
@@ -455,9 +460,10 @@ def train(config, checkpoint, device, signals):
     torch.set_float32_matmul_precision("high")  # TF32, where the GPU has it
     model_config = DenseFormerConfig(**model_settings(config), vocab_size=tokenizer.vocab_size)
     model = DenseFormer(model_config).to(device)
-    optimizers = model.configure_optimizers(
-        config.learning_rate, config.weight_decay, (config.beta1, config.beta2), config.optimizer
-    )
+    optimizers = configure_optimizers(
+        model, config.optimizer, config.learning_rate, config.weight_decay,
+        (config.beta1, config.beta2), config.dwa_lr_scale,
+    )  # fmt: skip
     dtype = find_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -480,39 +486,38 @@ def train(config, checkpoint, device, signals):
         say(f"resuming from step {step}")
     elif config.init_from:
         load_weights(Path(config.init_from), model, tokenizer)
-        if config.dwa_start_iter and not torch.equal(
-            model.dwa.alpha, DWA(config.n_layer, config.dwa).alpha.to(device)
-        ):
-            raise UserError(f"--dwa_start_iter: {config.init_from} has alphas that are trained")
 
     # 5. Compile and DDP
     has_triton = device.type == "cuda" and find_spec("triton") is not None  # not on Windows
     if has_triton if config.compile is None else config.compile:
-        compile_model(model, *get_batch(dataset, config, 0, 0, device), autocast)
-    model.dwa.alpha.requires_grad_(model.dwa.num_params() > 0 and step >= config.dwa_start_iter)
-    ddp_model = wrap_ddp(model, device)
+        model.compile()
+    ddp_model = model
+    if WORLD_SIZE > 1:
+        # Some sparse patterns skip a whole block, whose gradients DDP would wait for.
+        rows, read = model.dwa.rows, model.dwa.read
+        unread = any(row and i not in read for i, row in enumerate(rows, start=1))
+        ddp_model = DistributedDataParallel(
+            model, gradient_as_bucket_view=True, find_unused_parameters=unread
+        )
 
     # 6. The loop
-    micro_batches = range(rank, config.gradient_accumulation_steps, world_size)  # of this rank
+    micro_batches = range(RANK, config.gradient_accumulation_steps, WORLD_SIZE)  # of this process
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
     snapshots = {config.max_iters * n // 16 for n in (1, 2, 4, 8, 16)}  # of the alphas
-    log = Log(out_dir / "log.jsonl", step) if rank == 0 else None
+    log = Log(out_dir / "log.jsonl", step) if RANK == 0 else None
+    bar = tqdm(desc="training", total=config.max_iters, initial=step, leave=False, unit="step",
+               disable=True if RANK else None)  # fmt: skip
     peak = peak_flops(device)
     start, seconds, steps_timed = time.perf_counter(), 0.0, 0
     signals.install()  # until here, Ctrl-C ends the program at once
     model.train()
     while True:
-        # from dwa_start_iter on, train the alphas
-        if step == config.dwa_start_iter > 0:
-            model.dwa.alpha.requires_grad_(model.dwa.num_params() > 0)
-            ddp_model = wrap_ddp(model, device)
-        if step in snapshots and model.dwa.alpha.requires_grad and log:
+        if step in snapshots and step >= config.dwa_start_iter and model.dwa.read and log:
             alpha = [[round(a, 5) for a in row] for row in model.dwa.alpha.tolist()]
             log.write(step=step, alpha=alpha)
 
         # evaluate and save, also if a signal asks to stop
-        stop = all_reduce(signals.received, distributed.ReduceOp.MAX)
-        if stop or step % config.eval_interval == 0 or step == config.max_iters:
+        if signals.any() or step % config.eval_interval == 0 or step == config.max_iters:
             val_loss = evaluate(model, dataset.val, config, device, autocast, signals)
             check_finite(val_loss or 0.0, model.parameters(), step, out_dir)
             if log:
@@ -535,7 +540,7 @@ def train(config, checkpoint, device, signals):
             if val_loss is None:
                 command = f"python train.py --resume{resume_flags(out_dir)}"
                 say(f"stopped at step {step} and saved; to continue: {command}")
-                return 128 + all_reduce(signals.received, distributed.ReduceOp.MAX)
+                return 128 + signals.any()
             best_val_loss = min(best_val_loss, val_loss)
             say(f"step {step}: val loss {val_loss:.4f}")
             if step == config.max_iters:
@@ -548,7 +553,7 @@ def train(config, checkpoint, device, signals):
             x, y = get_batch(dataset, config, step, micro_batch, device)
             if config.dropout:  # the same in a resumed run
                 torch.manual_seed(hash((config.seed, step, micro_batch)))
-            if world_size > 1:  # average the gradients once, after the last micro-batch
+            if WORLD_SIZE > 1:  # average the gradients once, after the last micro-batch
                 ddp_model.require_backward_grad_sync = micro_batch == micro_batches[-1]
             with autocast:
                 _, loss = ddp_model(x, y)
@@ -558,10 +563,11 @@ def train(config, checkpoint, device, signals):
 
         # clip and step
         lr = get_lr(step, config)
+        set_lr(optimizers, lr)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             scaler.unscale_(optimizer)
+        if step < config.dwa_start_iter:
+            model.dwa.alpha.grad = None  # not trained yet
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for optimizer in optimizers:
@@ -569,28 +575,29 @@ def train(config, checkpoint, device, signals):
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         step += 1
+        bar.update()
 
         # log
         steps_timed += 1
         if step % config.log_interval == 0:
-            loss_mean = all_reduce(loss_sum.item()) / world_size  # .item() waits for the GPU
+            loss_mean = all_reduce(loss_sum.item()) / WORLD_SIZE  # .item() waits for the GPU
             check_finite(loss_mean, [], step, out_dir)
         seconds += time.perf_counter() - step_start
         if step % config.log_interval == 0:
             speed = steps_timed * tokens_per_step / max(seconds, 1e-9)
-            left = timedelta(seconds=round((config.max_iters - step) * tokens_per_step / speed))
-            mfu = speed * model.flops_per_token() / (peak * world_size) if peak else None
+            mfu = speed * model.flops_per_token() / (peak * WORLD_SIZE) if peak else None
             say(f"step {step}: loss {loss_mean:.4f}, lr {lr:.1e}, {speed:,.0f} tokens/s"
-                f"{f', mfu {mfu:.1%}' if mfu else ''}, {left} left")  # fmt: skip
+                f"{f', mfu {mfu:.1%}' if mfu else ''}")  # fmt: skip
             if log:
                 log.write(step=step, loss=loss_mean, lr=lr, tokens_per_second=round(speed), mfu=mfu)
             seconds, steps_timed = 0.0, 0
 
     # 7. The end
+    bar.close()
     signals.restore()
     elapsed = time.perf_counter() - start
     say(f"\n{elapsed:.0f} seconds; val loss {val_loss:.4f}, best {best_val_loss:.4f}")
-    if rank == 0:
+    if RANK == 0:
         show_run(model, tokenizer, config, device)
     return 0
 

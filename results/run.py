@@ -40,6 +40,7 @@ from checkpoint import load_checkpoint  # noqa: E402
 from config import UsageError, find_device, find_dtype, flag, parse_flags, run_cli  # noqa: E402
 from data.errors import UserError  # noqa: E402
 from denseformer import DWA, DenseFormer, DenseFormerConfig  # noqa: E402
+from optim import configure_optimizers  # noqa: E402
 
 
 @dataclass
@@ -193,7 +194,7 @@ def step_times(models, flags, rounds=15):
     def task(model):
         shape = (flags["batch_size"], flags["block_size"])
         idx, targets = torch.randint(model.config.vocab_size, (2, *shape), device=device)
-        optimizers = model.to(device).configure_optimizers(1e-9, optimizer=flags["optimizer"])
+        optimizers = configure_optimizers(model.to(device), flags["optimizer"], 1e-9)
         if flags.get("compile", device.type == "cuda"):
             model.compile()
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import denseformer
 from bench import count_traffic, peak_memory
 from denseformer import DWA, DenseFormer
+from optim import configure_optimizers
 from test_denseformer import IDX, Formula, all_outputs, assert_same, gradients, randomise, tiny
 
 # The pattern of a pruned model: some rows do not read their own X_i.
@@ -322,7 +323,7 @@ def test_what_is_masked_is_never_read_or_trained():
     assert (dwa.alpha.grad != 0).equal(expected)
     with torch.no_grad():
         dwa.alpha.copy_(dwa.weights())
-    optimizers = model.configure_optimizers(1e-2, weight_decay=10.0)
+    optimizers = configure_optimizers(model, learning_rate=1e-2, weight_decay=10.0)
     before = dwa.alpha.detach().clone()
     for _ in range(3):
         model(IDX, IDX)[1].backward()

@@ -1,0 +1,97 @@
+"""The optimizers: AdamW, and Muon for the matrices inside the blocks.
+
+Muon (Jordan et al., kellerjordan.github.io/posts/muon) takes a step of momentum, but replaces each
+update matrix by the nearest orthogonal one, so that all its directions are learned at equal speed.
+It is scaled to suit AdamW's learning rate and weight decay (arXiv 2502.16982).
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from denseformer import DenseFormer
+
+
+def configure_optimizers(
+    model: DenseFormer,
+    optimizer: str = "adamw",
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    dwa_lr_scale: float = 1.0,
+) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a model. optimizer is "adamw" or "muon".
+
+    Matrices and the embedding decay; norms, biases and alpha do not: the diagonal of alpha starts
+    at 1, as the skip connection through the depth. (The authors' experiments did decay it.)
+    A param group's `lr_scale` multiplies the learning rate: dwa_lr_scale for alpha, 1 for others.
+    """
+    alpha = model.dwa.alpha
+    others = {name: p for name, p in model.named_parameters() if p is not alpha}
+    decayed = {name: p for name, p in others.items() if p.dim() >= 2}
+    optimizers: list[torch.optim.Optimizer] = []
+    if optimizer == "muon":
+        matrices = [decayed.pop(name) for name in list(decayed) if name.startswith("blocks.")]
+        optimizers.append(Muon(matrices, learning_rate, weight_decay))
+    undecayed = [p for p in others.values() if p.dim() < 2]
+    groups = [
+        {"params": list(decayed.values()), "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+        {"params": [alpha], "weight_decay": 0.0, "lr_scale": dwa_lr_scale},
+    ]
+    fused = alpha.device.type in ("cuda", "cpu")
+    optimizers.append(torch.optim.AdamW(groups, learning_rate, betas, fused=fused))
+    set_lr(optimizers, learning_rate)
+    return optimizers
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], lr: float):
+    """Set the learning rate of every group, times its lr_scale if it has one."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, in float32. (torch.optim.Muon multiplies in bfloat16, which most CPUs only
+    emulate, and takes one matrix at a time.)
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            momentum, by_shape = group["momentum"], defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for (rows, columns), params in by_shape.items():
+                updates = []
+                for p in params:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    state["momentum"].lerp_(p.grad, 1 - momentum)
+                    updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov
+                scale = 0.2 * max(rows, columns) ** 0.5  # each entry changes by 0.2 lr, as in AdamW
+                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonalize(G: Tensor) -> Tensor:
+    """Return about U V^T for each matrix G = U S V^T of a batch, (..., m, n).
+
+    Five Newton-Schulz steps of the polynomial a s + b s^3 + c s^5, whose coefficients bring every
+    singular value s of G / |G| near 1, between about 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.mT if G.size(-2) > G.size(-1) else G  # the smaller side first
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if G.size(-2) > G.size(-1) else X

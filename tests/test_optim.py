@@ -1,0 +1,77 @@
+"""The optimizers, against the singular value decomposition and the formulas of Muon and AdamW."""
+
+import pytest
+import torch
+
+from denseformer import DenseFormer, DenseFormerConfig
+from optim import Muon, configure_optimizers, orthogonalize, set_lr
+
+
+def tiny(**settings):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 17, "block_size": 8, "n_layer": 3, "n_head": 2, "n_embd": 8}
+    return DenseFormer(DenseFormerConfig(**shape | settings))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (2, 8, 32), (3, 2, 12, 12)])
+def test_orthogonalize_keeps_the_singular_vectors(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape).double() * 1e-3
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    scale = U.mT @ orthogonalize(G) @ Vh.mT  # diagonal, with the new singular values
+    new = scale.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(scale, torch.diag_embed(new), atol=1e-10, rtol=0)
+    large = 0.05 * torch.linalg.matrix_norm(G).unsqueeze(-1) < S
+    assert large.any()
+    assert new[large].min() > 0.65
+    assert new[large].max() < 1.25
+    assert new.min() > 0
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8)])
+def test_muon_is_its_formula(shape):
+    torch.manual_seed(0)
+    p, other = (torch.nn.Parameter(torch.randn(shape).double()) for _ in range(2))
+    muon, w, m = Muon([p, other], 0.02, weight_decay=0.3), p.detach().clone(), torch.zeros(shape)
+    for _ in range(3):
+        g = torch.randn(shape).double()
+        p.grad = g.clone()  # the other one has no gradient, so it stays
+        muon.step()
+        m = 0.95 * m + 0.05 * g
+        update = 0.2 * max(shape) ** 0.5 * orthogonalize(0.05 * g + 0.95 * m)
+        w = w - 0.02 * (0.3 * w + update)
+        torch.testing.assert_close(p.detach(), w)
+    assert len(muon.state) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_trained_once_and_the_matrices_decay(optimizer):
+    model = tiny(bias=True, skip_gains=True)
+    model.wpe = torch.nn.Embedding(8, 4)  # and those that somebody adds to the model
+    optimizers = configure_optimizers(model, optimizer, 1e-3, weight_decay=0.1)
+    groups = [group for each in optimizers for group in each.param_groups]
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "wte.weight", "wpe.weight")
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == name.endswith(ends), name
+    if optimizer == "muon":
+        in_muon = {id(p) for p in optimizers[0].param_groups[0]["params"]}
+        for name, p in model.named_parameters():
+            assert (id(p) in in_muon) == (name.startswith("blocks.") and p.dim() == 2), name
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_the_alphas_have_a_learning_rate_of_their_own(scale):
+    model = tiny()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = configure_optimizers(model, "muon", 1e-3, 0.0, dwa_lr_scale=scale)
+    set_lr(optimizers, 2e-3)
+    model(*torch.randint(17, (2, 2, 8)))[1].backward()
+    for each in optimizers:
+        each.step()
+    # AdamW's first step changes every entry by the learning rate
+    change = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters()}
+    assert change["dwa.alpha"] == pytest.approx(2e-3 * scale, rel=1e-3)
+    assert change["wte.weight"] == pytest.approx(2e-3, rel=1e-3)
