@@ -61,7 +61,9 @@ def parse_flags(
     parser = Parser(
         description=description, epilog=epilog, allow_abbrev=False,
         usage="python %(prog)s [--flag value] [--flag=value] ...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=38, width=100
+        ),
     )  # fmt: skip
     group: Any = parser
     names = [f.name for f in fields(settings)]
@@ -71,12 +73,13 @@ def parse_flags(
         kind, choices = (get_args(f.type) or (f.type,))[0], f.metadata["choices"]
         options = {"type": TYPES[kind], "metavar": "|".join(choices or [kind.__name__.upper()])}
         if kind is bool:  # --compile, --compile=False and --compile false
-            options |= {"nargs": "?", "const": True, "metavar": "True|False"}
-        help = f.metadata["help"] + ("" if f.default is None else f" (default: {f.default})")
-        help = help.replace("%", "%%")
+            options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
+        default = "" if f.default is None or f.default is False else f" (default: {f.default})"
+        help = f.metadata["help"] + default
         group.add_argument(
-            f"--{f.name}", default=argparse.SUPPRESS, help=help, choices=choices, **options
-        )
+            f"--{f.name}", default=argparse.SUPPRESS, choices=choices,
+            help=help.replace("%", "%%"), **options,
+        )  # fmt: skip
 
     def normalize(word: str) -> str:  # --max-iters=3 is --max_iters=3; values stay as they are
         name, equals, value = word.partition("=")

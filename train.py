@@ -505,8 +505,7 @@ def train(config, checkpoint, device, signals):
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
     snapshots = {config.max_iters * n // 16 for n in (1, 2, 4, 8, 16)}  # of the alphas
     log = Log(out_dir / "log.jsonl", step) if RANK == 0 else None
-    bar = tqdm(desc="training", total=config.max_iters, initial=step, leave=False, unit="step",
-               disable=True if RANK else None)  # fmt: skip
+    bar = tqdm(total=config.max_iters, initial=step, unit="step", leave=False, disable=RANK or None)
     peak = peak_flops(device)
     start, seconds, steps_timed = time.perf_counter(), 0.0, 0
     signals.install()  # until here, Ctrl-C ends the program at once
@@ -575,7 +574,8 @@ def train(config, checkpoint, device, signals):
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         step += 1
-        bar.update()
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            bar.update()
 
         # log
         steps_timed += 1
@@ -593,8 +593,9 @@ def train(config, checkpoint, device, signals):
             seconds, steps_timed = 0.0, 0
 
     # 7. The end
-    bar.close()
     signals.restore()
+    with contextlib.suppress(OSError):
+        bar.close()
     elapsed = time.perf_counter() - start
     say(f"\n{elapsed:.0f} seconds; val loss {val_loss:.4f}, best {best_val_loss:.4f}")
     if RANK == 0:

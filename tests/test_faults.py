@@ -4,14 +4,17 @@ pytest tests/test_faults.py              some of each kind
 pytest tests/test_faults.py -m ""        all of them; a table at the end says how many
 """
 
+import fcntl
 import os
 import pickle
 import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import zipfile
 from dataclasses import fields
@@ -94,8 +97,7 @@ def test_kill_at_random_moments(text, tmp_path, kills):
     assert losses(out) == losses(whole)
 
 
-def test_signals_and_a_reader_that_has_gone(text, tmp_path):
-    """SIGTERM twice at once, as from SLURM; Ctrl-C that ends the reader of a pipe first."""
+def test_sigterm_twice_at_once_as_from_slurm(text, tmp_path):
     same = flags(**SMALL | {"max_iters": 10**6, "eval_interval": 10**6}, dataset=text)
     log, out = tmp_path / "log", tmp_path / "twice"
     run = Process(log, *same, f"--out_dir={out}")
@@ -109,20 +111,32 @@ def test_signals_and_a_reader_that_has_gone(text, tmp_path):
     assert load_checkpoint(out / "last.pt")["step"] >= 5
     FAULTS["a second SIGTERM"] += 1
 
-    out = tmp_path / "pipe"
-    command = [sys.executable, "train.py", *same, "--log_interval=1", f"--out_dir={out}"]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
-        for line in run.stdout:
-            if line.startswith(b"step 3:"):
-                break
-        run.stdout.close()
-        time.sleep(0.3)
-        assert run.poll() is None  # it continues to train
-        run.send_signal(signal.SIGINT)
-        error = run.stderr.read()
-    assert (run.returncode, error) == (128 + signal.SIGINT, b"")
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_training_survives_an_output_that_is_gone(text, tmp_path, terminal):
+    out, (keyboard, screen) = tmp_path / "out", os.openpty()
+    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    endless = SMALL | {"max_iters": 10**6, "eval_interval": 10**6, "log_interval": 1}
+    command = [sys.executable, "train.py", *flags(**endless, dataset=text, out_dir=out)]
+    run = subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, start_new_session=True,
+        stderr=screen if terminal else subprocess.PIPE,
+    )  # fmt: skip
+    os.close(screen)
+    for line in run.stdout:
+        if line.startswith(b"step 3:"):
+            break
+    run.stdout.close()
+    if terminal:
+        assert b"step/s" in os.read(keyboard, 10**6)  # the progress bar
+    os.close(keyboard)
+    time.sleep(0.5)
+    assert run.poll() is None  # it continues to train
+    run.send_signal(signal.SIGINT)
+    error = b"" if terminal else run.stderr.read()
+    assert (run.wait(300), error) == (128 + signal.SIGINT, b"")
     assert load_checkpoint(out / "last.pt")["step"] > 3
-    FAULTS["stdout closed"] += 1
+    FAULTS["an output that is gone"] += 1
 
 
 def test_a_second_signal_some_seconds_later_ends_at_once(monkeypatch):
