@@ -574,8 +574,7 @@ def train(config, checkpoint, device, signals):
             optimizer.zero_grad(set_to_none=True)
         scaler.update()
         step += 1
-        with contextlib.suppress(OSError):  # a terminal that was closed
-            bar.update()
+        bar.update()
 
         # log
         steps_timed += 1
@@ -594,8 +593,7 @@ def train(config, checkpoint, device, signals):
 
     # 7. The end
     signals.restore()
-    with contextlib.suppress(OSError):
-        bar.close()
+    bar.close()
     elapsed = time.perf_counter() - start
     say(f"\n{elapsed:.0f} seconds; val loss {val_loss:.4f}, best {best_val_loss:.4f}")
     if RANK == 0:
