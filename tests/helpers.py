@@ -11,6 +11,7 @@ import numpy as np
 from checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent.parent
+SHARED = HERE.parent / "shared" / "data"  # real texts, if they are there
 
 SMALL = {
     "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "device": "cpu",
@@ -37,9 +38,9 @@ def script(*args, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
-def torchrun(n, *args):
+def torchrun(n, *args, program=HERE / "train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={n}", str(HERE / "train.py"), *args]
+    command += [f"--nproc_per_node={n}", str(program), *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

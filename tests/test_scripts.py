@@ -25,7 +25,7 @@ from data.errors import DataError, UserError
 from data.tokenizer import ByteTokenizer
 from denseformer import DWA, DenseFormer, DenseFormerConfig, rotary_angles
 from figures import text_heat_map
-from tests.helpers import SMALL, flags, log, losses, same_weights, torchrun, weights
+from tests.helpers import SHARED, SMALL, flags, log, losses, same_weights, torchrun, weights
 from train import StopSignals, show_run
 
 CPU = torch.device("cpu")
@@ -232,6 +232,28 @@ def test_main_from_a_thread_and_with_its_own_backend(text, tmp_path, monkeypatch
     shown = capsys.readouterr().out
     assert "\nY_3  |" in shown
     assert "a sample:" in shown
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no real texts here")
+def test_openwebtext_from_its_shards_to_a_sample(tmp_path, monkeypatch, capsys, ends):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("tiktoken")
+    mirror, out = tmp_path / "mirror" / "plain_text", tmp_path / "out"
+    mirror.mkdir(parents=True)
+    for i, shard in enumerate(sorted((SHARED / "openwebtext/plain_text").iterdir())):
+        (mirror / f"train-{i:05d}-of-00080.parquet").symlink_to(shard)
+    monkeypatch.setenv("OPENWEBTEXT_URL", str(mirror.parent))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    small = SMALL | {"max_iters": 2, "eval_iters": 1, "out_dir": out}
+    assert train.main(flags(**small, dataset="openwebtext", shards=2)) == 0
+    assert losses(out)[-1][2] == pytest.approx(math.log(50304), abs=0.2)
+    capsys.readouterr()
+    sample.main([f"--out_dir={out}", "--start=The", "--max_new_tokens=5"])
+    assert capsys.readouterr().out.startswith("The")
+    assert train.main(["--resume", f"--out_dir={out}", "--max_iters=3"]) == 0
+    status, error = ends(train, "--resume", f"--out_dir={out}", "--shards=1")
+    assert status == 2
+    assert "--shards 1" in error
 
 
 def test_an_existing_run_is_kept(run, ends):
