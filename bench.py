@@ -1,14 +1,14 @@
-"""What depth-weighted averaging costs on this machine.
+"""Measure what depth-weighted averaging costs on this machine.
 
-python bench.py                          a deep model: each kind of DWA against none
-python bench.py --dwa_only               the DWA alone, between blocks that do nothing: seconds
+python bench.py                          a deep model, with each kind of DWA and without
+python bench.py --dwa_only               DWA alone, between blocks that do nothing; takes seconds
 python bench.py --n_layer 6 --rounds 9   another shape; --help lists the flags
-python bench.py --json results/b.json    the same numbers for programs
+python bench.py --json results/b.json    also write the numbers to a file
 
-All kinds take turns in each round, on one set of weights. A time is the median of the rounds, and a
-ratio the median of the ratios to the plain Transformer of the same round, so that a machine that
-slows down for a while slows them all. At the shapes for which BARS has goals, the last lines say
-which of them were met; the exit status is 1 if one was missed.
+All variants share one set of weights and take turns in each round. Times are medians over the rounds.
+Ratios are medians of the ratios to the plain Transformer in the same round, so a machine that slows
+down for a while slows all variants. For the shapes in GOALS, the last lines say which goals were met;
+the exit status is 1 if one was missed.
 """
 
 import contextlib
@@ -33,27 +33,26 @@ from denseformer import DWA, DenseFormer, DenseFormerConfig
 
 @dataclass
 class BenchConfig:
-    patterns: str = flag("1x1,4x1,4x5", "DWA patterns to run in place, besides the plain model")
+    patterns: str = flag("1x1,4x1,4x5", "DWA patterns to compare with the plain model")
     n_layer: int = flag(48, "blocks", low=1)
     n_embd: int = flag(384, "channels; heads have 64", low=64)
-    batch_size: int = flag(4, "sequences", low=1)
-    block_size: int = flag(256, "tokens of each", low=64)
-    vocab_size: int = flag(256, "different tokens", low=1)
+    batch_size: int = flag(4, "sequences per batch", low=1)
+    block_size: int = flag(256, "tokens per sequence", low=64)
+    vocab_size: int = flag(256, "vocabulary size", low=1)
     dtype: str = flag("float32", "of activations", choices=("float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the model")
-    device: str = flag("auto", "cuda, cuda:1, cpu; auto takes the first of them that is here")
-    rounds: int = flag(5, "times that everything is measured", low=1)
-    dwa_only: bool = flag(False, "measure the DWA alone, not the model")
-    json: str | None = flag(None, "file to write the numbers to as well")
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
+    rounds: int = flag(5, "number of measurements", low=1)
+    dwa_only: bool = flag(False, "measure DWA alone, without the model")
+    json: str | None = flag(None, "file to write the numbers to")
 
 
 # The paper's model, on a GPU; the flags override it.
 GPU = {"n_embd": 768, "batch_size": 64, "vocab_size": 50304, "dtype": "bfloat16", "compile": True}
 
-# How near to free it has to be, by device, depth and width: the largest ratio to the plain
-# Transformer, the smallest speed-up of the in-place 1x1 over another, or the smallest share of the
-# copy's speed.
-BARS = {
+# Goals by device, depth and width: the largest ratio to the plain Transformer, the smallest speed-up
+# of the in-place 1x1 over a baseline, or the smallest fraction of the bandwidth of a copy.
+GOALS = {
     ("cpu", 48, 384): {
         ("1x1", "train"): 1.03, ("4x5", "train"): 1.01, ("1x1", "forward"): 1.05,
         "tensordot": 8.0, "naive": 2.5,
@@ -67,14 +66,14 @@ BARS = {
 
 
 # -----------------------------------------------------------------------------
-# The yardstick
+# The baseline
 
 
 class TensordotDWA(DWA):
-    """The obvious vectorised DWA, as the authors' package has it.
+    """The obvious vectorized DWA, as in the authors' package.
 
-    The outputs are kept in a preallocated stack, Y_i is a tensordot of alpha with a slice of it,
-    and the gradients are left to autograd.
+    Keeps the outputs in a preallocated stack, computes Y_i as a tensordot of alpha with a slice of
+    it, and leaves the gradients to autograd.
     """
 
     def forward(self, x):
@@ -92,12 +91,12 @@ class TensordotPass:
 
 
 class Append(torch.autograd.Function):
-    """X_0..X_{i-1} and X_i -> X_0..X_i, without a copy of what is there."""
+    """Append X_i to X_0..X_{i-1} without copying them."""
 
     @staticmethod
     def forward(ctx, seen, x, X, i):
         X[i] = x
-        return X.data[: i + 1]  # .data: what is appended later does not make this one stale
+        return X.data[: i + 1]  # .data: later appends do not count as modifications of this view
 
     @staticmethod
     def backward(ctx, G):
@@ -105,7 +104,7 @@ class Append(torch.autograd.Function):
 
 
 def make_dwas(config, device):
-    """The DWAs to compare, by the name of their row. "plain" is first."""
+    """Return {row of the table: DWA}, "plain" first."""
 
     def make(pattern, impl="inplace", kind=DWA):
         dwa = kind(config.n_layer, pattern, impl)
@@ -126,7 +125,7 @@ def make_dwas(config, device):
 
 
 def clock(function, device):
-    """Seconds that function() takes."""
+    """Return the seconds that function() takes."""
     wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
     wait()
     begin = time.perf_counter()
@@ -136,12 +135,12 @@ def clock(function, device):
 
 
 def measure(tasks, rounds, device, bar):
-    """tasks: {name: function} -> {name: [seconds of each round]}."""
+    """Time each function in {name: function}; return {name: [seconds in each round]}."""
     for function in tasks.values():
-        function()  # memory, caches, compilers
+        function()  # warm up
     times = {name: [] for name in tasks}
     for round in range(rounds):
-        # Every second round backwards: who comes after whom shall not matter.
+        # Alternate the order, so that no task always follows the same one.
         for name in list(tasks)[:: -1 if round % 2 else 1]:
             times[name].append(clock(tasks[name], device))
             bar.update()
@@ -149,7 +148,7 @@ def measure(tasks, rounds, device, bar):
 
 
 def peak_memory(function, device):
-    """The most bytes that function() has at once, beyond those that were there before."""
+    """Return the peak memory of function() in bytes, beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -166,10 +165,10 @@ def peak_memory(function, device):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write, in tensors of at least N numbers, and the
-    operations on these tensors, each of which is about one kernel launch on a GPU.
+    """Count the bytes that operations read and write in tensors of at least N numbers, and these
+    operations, each of which is about one kernel launch on a GPU.
 
-    (A baddbmm with another output than its start is one more: it copies the start first.)
+    A baddbmm counts as two launches, because it first copies its start to its output.
     """
 
     def __init__(self, N):
@@ -188,7 +187,7 @@ class Traffic(TorchDispatchMode):
             moved = 0
             for tensor in (*reads, *(out if isinstance(out, list | tuple) else [out])):
                 if isinstance(tensor, Tensor):
-                    # what is expanded is there once
+                    # an expanded tensor is stored once
                     shape = zip(tensor.shape, tensor.stride(), strict=True)
                     numbers = math.prod(size for size, stride in shape if stride)
                     moved += numbers * tensor.itemsize if numbers >= self.N else 0
@@ -198,8 +197,8 @@ class Traffic(TorchDispatchMode):
 
 
 def count_traffic(dwa, dtype):
-    """Activations that a DWA reads and writes, in bytes of `dtype`, and its kernel launches, both
-    as (forward, backward), counted on a small one."""
+    """Return the activations of `dtype` that a DWA moves and its kernel launches, each as
+    (forward, backward), counted on a small activation."""
     x = torch.randn(1, 64, 256).to(dtype).requires_grad_()
     cpu, counts = type(dwa)(dwa.n_layer, dwa.pattern, dwa.impl), []
     with Traffic(x.numel()) as traffic:
@@ -211,7 +210,7 @@ def count_traffic(dwa, dtype):
 
 
 def dwa_forward(dwa, x):
-    """The DWA alone: every block is the identity."""
+    """Run the DWA alone: every block is the identity."""
     depth, y = dwa(x), x
     for i in range(1, dwa.n_layer + 1):
         y = depth.step(i, y)
@@ -219,13 +218,13 @@ def dwa_forward(dwa, x):
 
 
 def dwa_pass(dwa, x):
-    """Forward and backward of the DWA alone."""
+    """Run forward and backward of the DWA alone."""
     dwa_forward(dwa, x).backward(x.detach())
     x.grad = dwa.alpha.grad = None
 
 
 def bandwidth(device):
-    """Bytes a second of the machine's own copy, reading and writing counted."""
+    """Return the bytes per second that a copy reads and writes."""
     source = torch.ones(1 << (30 if device.type == "cuda" else 26), device=device)
     target = torch.empty_like(source)
     times = measure({"copy": lambda: target.copy_(source)}, 9, device, tqdm(disable=True))
@@ -233,7 +232,7 @@ def bandwidth(device):
 
 
 def matmul_peak(device, dtype):
-    """FLOPs a second of the machine's own matrix product."""
+    """Return the FLOPs per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     times = measure({"matmul": lambda: a @ b}, 9, device, tqdm(disable=True))
@@ -245,7 +244,8 @@ def matmul_peak(device, dtype):
 
 
 def make_tasks(model, dwas, config, device):
-    """{"train" | "forward" | "decode": {row: function}}, and a function that decodes uncached."""
+    """Return {column: {row: function}} for the columns train, forward, decode and recompute, and
+    the tokens that the last two decode: {column: number}."""
     dtype = getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     shape = (config.batch_size, config.block_size)
@@ -268,7 +268,7 @@ def make_tasks(model, dwas, config, device):
         with autocast:
             model(idx)
 
-    def eager():  # a token at a time is another shape at each, nothing to compile for
+    def eager():  # the shape changes with every token, so compiling would not pay
         return torch.compiler.set_stance("force_eager")
 
     def decode(dwa):
@@ -288,7 +288,7 @@ def make_tasks(model, dwas, config, device):
         column: {row: (lambda f=f, dwa=dwa: f(dwa)) for row, dwa in dwas.items()}
         for column, f in columns.items()
     }
-    # The yardstick keeps one dtype, and nobody decodes with it or the reference.
+    # The baselines are for training only.
     for row in ("1x1 naive", "1x1 tensordot"):
         tasks["decode"].pop(row, None)
     tasks["recompute"] = {"1x1": lambda: recompute(dwas["1x1"])} if "1x1" in dwas else {}
@@ -296,7 +296,7 @@ def make_tasks(model, dwas, config, device):
 
 
 def compile_seconds(config, device, n_layer):
-    """Seconds from a new model to its first compiled training step, less an ordinary step."""
+    """Return the seconds that the first training step of a compiled model takes beyond the second."""
     torch.compiler.reset()
     model = make_model(config, device, n_layer)
     model.compile()
@@ -321,7 +321,7 @@ def ratio(times, row, base="plain"):
 
 
 def cell(times, row):
-    """Median time, half the range between the quartiles as its spread, ratio to the plain model."""
+    """Return median time ± half the interquartile range | ratio to the plain model."""
     ms = [1000 * t for t in times[row]]
     low, _, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
     return f"{statistics.median(ms):.1f} ± {(high - low) / 2:.1f} | {ratio(times, row):.3f}"
@@ -356,7 +356,7 @@ def main(argv=None):
     N = config.batch_size * config.block_size * config.n_embd
     report = {"machine": machine(device), "config": asdict(config), "times": {}, "numbers": {}}
     numbers = report["numbers"]
-    # glibc maps and unmaps large memory each time until it has once seen so much overrides back.
+    # Until a block of this size has been freed, glibc returns large blocks to the system at once.
     torch.empty(31 << 20, dtype=torch.uint8)
     print(
         f"python bench.py {' '.join(argv or sys.argv[1:])}\n{report['machine']}\n"
@@ -364,7 +364,7 @@ def main(argv=None):
         f"{config.n_embd}) in {config.dtype}, {config.rounds} rounds\n"
     )
 
-    # The DWA alone.
+    # DWA alone
     bar = tqdm(total=(len(dwas) - 1) * config.rounds, leave=False, disable=None, desc="DWA alone")
     x = torch.randn(config.batch_size, config.block_size, config.n_embd, device=device)
     x = x.to(dtype).requires_grad_()
@@ -374,7 +374,7 @@ def main(argv=None):
     copy = numbers["copy_bandwidth"] = bandwidth(device)
     print(
         "| DWA alone | forward + backward, ms | x naive | activations moved | GB/s | of copy "
-        "| launches a block, forward + backward |\n"
+        "| launches per block, forward + backward |\n"
         "|---|---|---|---|---|---|---|"
     )
     for row in tasks:
@@ -389,7 +389,7 @@ def main(argv=None):
             f"| {row} | {milliseconds:.1f} | {against:.3f} | {sum(moved):,.0f} | {rate / 1e9:.1f} "
             f"| {rate / copy:.0%} | {up:.1f} + {down:.1f} |"
         )
-    print(f"the machine's own copy: {copy / 1e9:.1f} GB/s\n")
+    print(f"bandwidth of a copy: {copy / 1e9:.1f} GB/s\n")
     reached = {}
     if "1x1" in dwas:
         for other in ("naive", "tensordot"):
@@ -398,7 +398,7 @@ def main(argv=None):
 
     if not config.dwa_only:
         reached |= bench_model(config, device, dwas, report)
-    missed = print_bars(BARS.get((device.type, config.n_layer, config.n_embd), {}), reached)
+    missed = print_goals(GOALS.get((device.type, config.n_layer, config.n_embd), {}), reached)
     if config.json:
         report["reached"] = {
             " ".join(k) if isinstance(k, tuple) else k: v for k, v in reached.items()
@@ -408,10 +408,10 @@ def main(argv=None):
 
 
 def bench_model(config, device, dwas, report):
-    """Print the table of the whole model; returns what was reached, named as in BARS."""
+    """Print the table of the whole model; return {name in GOALS: value}."""
     times, numbers, reached = report["times"], report["numbers"], {}
     if config.compile:
-        compile_seconds(config, device, n_layer=1)  # the compiler's own start
+        compile_seconds(config, device, n_layer=1)  # starts the compiler
         for n_layer in (6, config.n_layer):
             numbers[f"compile {n_layer}"] = compile_seconds(config, device, n_layer)
         torch.compiler.reset()
@@ -455,8 +455,8 @@ def bench_model(config, device, dwas, report):
     peak = numbers["matmul_peak"] = matmul_peak(device, getattr(torch, config.dtype))
     numbers["model_flops"] = flops
     print(
-        f"plain training: {flops / 1e12:.2f} TFLOP/s of the model, {flops / peak:.0%} of the "
-        f"{peak / 1e12:.2f} of a matrix product on this machine"
+        f"plain training: {flops / 1e12:.2f} TFLOP/s, {flops / peak:.0%} of the "
+        f"{peak / 1e12:.2f} TFLOP/s of a large matrix product"
     )
     if "1x1" in dwas:
         each = statistics.median(times["recompute"]["1x1"]) / tokens["recompute"]
@@ -472,17 +472,17 @@ def bench_model(config, device, dwas, report):
     return reached
 
 
-def print_bars(bars, reached):
-    """One line for each bar that this run can judge; returns how many were missed."""
+def print_goals(goals, reached):
+    """Print a line for each goal that this run measured; return the number that were missed."""
     missed = 0
-    for name, goal in bars.items():
+    for name, goal in goals.items():
         if name not in reached:
             continue
         value = reached[name]
         if isinstance(name, tuple):
             met, text = value <= goal, f"{' '.join(name)} at most {goal:.2f}x plain"
         elif name == "bandwidth":
-            met, text = value >= goal, f"1x1 moves at least {goal:.0%} of the copy's bytes a second"
+            met, text = value >= goal, f"1x1 at least {goal:.0%} of the bandwidth of a copy"
         else:
             met, text = value >= goal, f"1x1 at least {goal:.1f}x as fast as {name}"
         missed += not met

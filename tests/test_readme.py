@@ -1,0 +1,92 @@
+"""Every command and all code in the README, with short settings."""
+
+import re
+import shlex
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import analyze
+import bench
+import denseformer
+import sample
+import train
+from tests.helpers import HERE, torchrun
+
+README = (HERE / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def shorten(script, args):
+    """Return the arguments with others after them, which make the command short."""
+    if script == "bench.py":
+        return [*args, "--n_layer=3", "--n_embd=64", "--block_size=64", "--rounds=1"]
+    if script == "sample.py":
+        return [*args, "--max_new_tokens=10"]
+    if script == "analyze.py":
+        return [*args, "--tokens=200"]
+    short = ["--max_iters=2", "--eval_iters=1"]
+    if "--resume" in args:
+        return [*args, "--max_iters=3"]
+    if "--init_from" in args:
+        return [*args, *short]
+    short += ["--n_embd=16", "--n_head=2", "--block_size=16", "--batch_size=2"]
+    short += [] if "--n_layer" in args else ["--n_layer=4"]
+    return [*args, *short, "--dataset=my.txt"]
+
+
+def test_the_commands_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("ROMEO: to be, or not to be\n" * 100)
+    (tmp_path / "prompt.txt").write_text("to be")
+    packages = (HERE / "requirements-dev.txt").read_text().split()
+    scripts = {"train.py": train, "sample.py": sample, "analyze.py": analyze, "bench.py": bench}
+    commands = [shlex.split(line, comments=True) for line in "".join(blocks("sh")).splitlines()]
+    assert len(commands) > 15
+    for command in commands:
+        program, *args = command
+        if program == "pip":
+            assert args[0] == "install"
+            assert args[1:] == ["-r", "requirements.txt"] or set(args[1:]) <= set(packages)
+        elif program == "torchrun":
+            assert args[:3] == ["--standalone", "--nproc_per_node", "8"]
+            run = torchrun(2, *shorten(args[3], args[4:]), "--device=cpu")
+            assert run.returncode == 0, (command, run.stderr)
+        else:
+            assert program == "python"
+            script, *args = args
+            assert not scripts[script].main([*shorten(script, args), "--device=cpu"]), command
+    for name in ("out/alpha.png", "out/pruned.pt", "out-pruned/last.pt"):
+        assert (tmp_path / name).exists(), name
+
+
+def test_the_three_lines_make_a_denseformer():
+    three_lines, model = blocks("python")[:2]
+    namespace = {"nn": nn, "Block": lambda: nn.Linear(8, 8)}
+    exec(three_lines, namespace)
+    network, x = namespace["Network"](8), torch.randn(2, 3, 8)
+    plain = x
+    for block in network.blocks:
+        plain = block(plain)
+    torch.testing.assert_close(network(x), plain)  # at the start it is the same network
+    network(x).sum().backward()
+    assert (network.dwa.alpha.grad != 0).equal(network.dwa.mask)
+    namespace = {"idx": torch.zeros(1, 3, dtype=torch.long), "targets": torch.ones(1, 3).long()}
+    exec(model, namespace)
+    assert namespace["idx"].shape == (1, 103)
+
+
+def test_the_recipe_for_a_new_pattern():
+    recipe = blocks("python")[2]
+    source, end = (HERE / "denseformer.py").read_text(), '        elif part != "none":\n'
+    assert source.count(end) == 1
+    module = types.ModuleType("denseformer_with_powers")
+    exec(compile(source.replace(end, recipe + end), "denseformer.py", "exec"), module.__dict__)
+    assert module.dwa_rows("powers", 9)[8] == [1, 5, 7, 8, 9]
+    assert module.dwa_rows("4x5", 9) == denseformer.dwa_rows("4x5", 9)
