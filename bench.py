@@ -5,10 +5,10 @@ python bench.py --dwa_only               DWA alone, between blocks that do nothi
 python bench.py --n_layer 6 --rounds 9   another shape; --help lists the flags
 python bench.py --json results/b.json    also write the numbers to a file
 
-All variants share one set of weights and take turns in each round. Times are medians over the rounds.
-Ratios are medians of the ratios to the plain Transformer in the same round, so a machine that slows
-down for a while slows all variants. For the shapes in GOALS, the last lines say which goals were met;
-the exit status is 1 if one was missed.
+All variants share one set of weights and take turns in each round. Times are medians over the
+rounds. Ratios are medians of the ratios to the plain Transformer in the same round, so a machine
+that slows down for a while slows all variants. For the shapes in GOALS, the last lines say which
+goals were met; the exit status is 1 if one was missed.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ class BenchConfig:
 # The paper's model, on a GPU; the flags override it.
 GPU = {"n_embd": 768, "batch_size": 64, "vocab_size": 50304, "dtype": "bfloat16", "compile": True}
 
-# Goals by device, depth and width: the largest ratio to the plain Transformer, the smallest speed-up
-# of the in-place 1x1 over a baseline, or the smallest fraction of the bandwidth of a copy.
+# Goals by device, depth and width: the largest ratio to the plain Transformer, the smallest
+# speed-up of the in-place 1x1 over a baseline, or the smallest fraction of a copy's bandwidth.
 GOALS = {
     ("cpu", 48, 384): {
         ("1x1", "train"): 1.03, ("4x5", "train"): 1.01, ("1x1", "forward"): 1.05,
@@ -296,7 +296,7 @@ def make_tasks(model, dwas, config, device):
 
 
 def compile_seconds(config, device, n_layer):
-    """Return the seconds that the first training step of a compiled model takes beyond the second."""
+    """Return how many seconds longer the first compiled training step takes than the second."""
     torch.compiler.reset()
     model = make_model(config, device, n_layer)
     model.compile()
