@@ -465,13 +465,19 @@ def test_the_comparison_runs_whole_and_resumes(text, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_script", run_script)
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     small = {k: v for k, v in SMALL.items() if k != "learning_rate"} | {"n_layer": 5}
-    config = {"name": "small", "dataset": text, "variants": "plain,pruned as 4x1", "jobs": 1,
+    config = {"name": "small", "dataset": text, "variants": "plain,pruned as 4x5,X_0 and X_1", "jobs": 1,
               "seeds": 1, "sweep": "3e-3", "out_dir": tmp_path / "runs"}  # fmt: skip
     config["train"] = " ".join(flags(**small))
     run.main(flags(**config))
     done = json.loads((tmp_path / "small.json").read_text())
-    assert len(done) == 4
-    for flag in ("--dwa=none ", "--dwa=1x1 ", r"--dwa=\d+:", "--max_iters=10 "):
+    assert len(done) == 5
+    for flag in (
+        "--dwa=none ",
+        "--dwa=1x1 ",
+        r"--dwa=\d+:",
+        r"--dwa=last1\+1:1\+2:1",
+        "--max_iters=10 ",
+    ):
         assert any(re.search(flag, f"{key} ") for key in done), (flag, done)
     plain = next(loss for key, loss in done.items() if "--dwa=none" in key)
     (folder,) = (tmp_path / "runs" / "small").glob("none-*")
@@ -480,6 +486,6 @@ def test_the_comparison_runs_whole_and_resumes(text, tmp_path, monkeypatch):
     table = Path(tmp_path / "small.md").read_text()
     assert f"| plain | 5 | {parameters:,} | | | {plain:.4f} ±" in table
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
-    assert calls.count("train.py") == 4
+    assert calls.count("train.py") == 5
     run.main(flags(**config))
-    assert calls.count("train.py") == 4
+    assert calls.count("train.py") == 5
