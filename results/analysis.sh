@@ -1,9 +1,9 @@
-# What the alphas learned, and pruning: the plots and figures of the README's section of that name.
+# Make the plots and numbers of "What the alphas learned" in results/README.md.
 #
 #     sh results/analysis.sh FOLDER > results/analysis.txt
 #
-# FOLDER has a train.txt and a val.txt. Trains a 1x1 model and a plain one, as results/run.py does
-# for seed 1, prunes the first, and trains on: into out-1x1, out-plain and out-1x1-*.
+# FOLDER holds a train.txt and a val.txt. Trains a 1x1 model and a plain one as results/run.py does for
+# seed 1, prunes the first, and continues its training; uses out-1x1, out-plain and out-1x1-*.
 set -e
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1  # two trainings at a time
