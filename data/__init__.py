@@ -43,30 +43,27 @@ def load(
         dataset = DATASETS[name](tokenizer, n_shards)
     elif os.path.exists(name):
         dataset = textfile.load(name, tokenizer)
-    elif os.path.dirname(name):
-        raise DataError(f"there is no file or folder {name!r}")
     else:
         close = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the data sets are {', '.join(DATASETS)}"
-        raise DataError(f"there is no data set and no file {name!r}; {hint}")
-    for split, tokens in (("train", len(dataset.train)), ("val", len(dataset.val))):
-        if tokens <= block_size:
+        raise DataError(f"there is no data set, file or folder {name!r}; {hint}")
+    for split, tokens in (("train", dataset.train), ("val", dataset.val)):
+        if len(tokens) <= block_size:
             raise DataError(
-                f"{dataset.name} is too short: its {split} split has {tokens} tokens, and a "
+                f"{dataset.name} is too short: its {split} split has {len(tokens)} tokens, and a "
                 f"block_size of {block_size} needs at least {block_size + 1}"
             )
     return dataset
 
 
 def load_default(tokenizer: str | None) -> Dataset:
-    """Return Tiny Shakespeare, or pydoc and a line that says so."""
+    """Return Tiny Shakespeare, or pydoc and print why."""
     try:
         return shakespeare.load(tokenizer, deadline=PATIENCE)
     except DataError as error:
-        dataset = pydoc_topics.load(tokenizer)
         print(
             f"TINY SHAKESPEARE IS OUT OF REACH ({error}): TRAINING ON PYTHON'S LANGUAGE REFERENCE "
             f"INSTEAD. To insist, use --dataset shakespeare; or use --dataset YOUR.txt",
             flush=True,
         )
-        return dataset
+        return pydoc_topics.load(tokenizer)

@@ -1,22 +1,20 @@
 """Download a file once: resumed, retried and verified, so that it is whole or not there at all."""
 
-import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import filelock
 import requests
 
 from data.errors import DataError
-from data.hub import hub_auth
-from data.progress import locked, progress_bar, say
+from data.progress import make_once, progress_bar, say
 
 CHUNK = 1 << 14  # bytes; a broken connection loses less than one chunk
 TIMEOUT = (5.0, 15.0)  # seconds to connect, and to wait for the next bytes
@@ -24,11 +22,6 @@ TRIES = 4  # attempts in a row that bring nothing new
 BACKOFF = 1.0  # seconds before the second attempt; each later pause is twice as long
 RATE_LIMIT = 30.0  # the same after a 429 that does not say how long to wait
 RESERVE = 100_000_000  # bytes of disk to leave free
-
-
-def cache_dir() -> Path:
-    """Return the folder for downloads: DENSEFORMER_CACHE in the environment, or data/cache."""
-    return Path(os.environ.get("DENSEFORMER_CACHE") or Path(__file__).parent / "cache")
 
 
 class Failed(Exception):
@@ -39,32 +32,36 @@ class Failed(Exception):
         self.final, self.pause = final, pause
 
 
+def cache_dir() -> Path:
+    """Return the folder for downloads: DENSEFORMER_CACHE in the environment, or data/cache."""
+    return Path(os.environ.get("DENSEFORMER_CACHE") or Path(__file__).parent / "cache")
+
+
 def fetch(url: str, path: Path, sha256: str | None = None, deadline: float | None = None) -> Path:
     """Return `path`, after downloading the file at `url` to it unless it is there already.
 
-    url is an http(s) address or the path of a local copy. sha256 defaults to what the server tells.
+    url is an http(s) address or the path of a local copy. sha256 defaults to what the hub tells.
     An interrupted download is resumed, by a later run too, if the server tags its content.
     Processes that want the same file share one download. With a deadline in seconds there is a
     single attempt. Raises DataError with the reason.
     """
     part, tag = (path.with_name(f".{path.name}.{end}") for end in ("part", "tag"))
+
+    def make() -> None:
+        try:
+            if "://" in url:
+                download(url, part, sha256, deadline)
+            else:
+                shutil.copyfile(url, part)
+                verify(part, sha256)
+            os.replace(part, path)
+            tag.unlink(missing_ok=True)
+        finally:
+            if not tag.exists():  # it could not be resumed
+                part.unlink(missing_ok=True)
+
     try:
-        if is_whole(path, sha256):
-            return path
-        with locked(path, deadline or -1):
-            if is_whole(path, sha256):
-                return path
-            try:
-                if "://" in url:
-                    download_within(deadline, url, part, sha256)
-                else:
-                    shutil.copyfile(url, part)
-                    verify(part, None, sha256)
-                os.replace(part, path)
-                tag.unlink(missing_ok=True)
-            finally:
-                if not tag.exists():  # it could not be resumed
-                    part.unlink(missing_ok=True)
+        make_once(path, make, lambda: is_whole(path, sha256), deadline or -1)
     except (OSError, ValueError, Failed) as error:
         raise DataError(f"cannot get {url}: {reason(error)}") from None
     return path
@@ -81,23 +78,20 @@ def is_whole(path: Path, sha256: str | None) -> bool:
     return digest.hexdigest() == sha256
 
 
-def verify(part: Path, size: int | None, sha256: str | None) -> None:
-    """Raise Failed unless `part` is the whole file; only one that is too short can be resumed."""
-    got = part.stat().st_size
-    if size and got < size:
-        raise Failed(f"only {got:,} of {size:,} bytes arrived")
+def verify(part: Path, sha256: str | None) -> None:
+    """Raise Failed if the file has another sha256; the next attempt then starts from zero."""
     if not is_whole(part, sha256):
         part.with_suffix(".tag").unlink(missing_ok=True)
-        raise Failed(f"the {got:,} bytes that arrived do not have the sha256 {sha256}")
+        raise Failed(f"what arrived does not have the sha256 {sha256}")
 
 
-def download_within(deadline: float | None, url: str, part: Path, sha256: str | None) -> None:
-    """Call download() in a thread, because looking up a host name has no time limit."""
+def download(url: str, part: Path, sha256: str | None, deadline: float | None) -> None:
+    """Call attempts() in a thread, because looking up a host name has no time limit."""
     stop, errors = threading.Event(), []
 
-    def run():
+    def run() -> None:
         try:
-            download(url, part, sha256, 1 if deadline else TRIES, stop)
+            attempts(url, part, sha256, 1 if deadline else TRIES, stop)
         except Exception as error:
             errors.append(error)
 
@@ -113,13 +107,12 @@ def download_within(deadline: float | None, url: str, part: Path, sha256: str | 
         raise errors[0]
 
 
-def download(url: str, part: Path, sha256: str | None, tries: int, stop: threading.Event) -> None:
-    """Receive `url` into `part` and verify it, retrying while attempts bring new bytes."""
+def attempts(url: str, part: Path, sha256: str | None, tries: int, stop: threading.Event) -> None:
+    """Receive the file, retrying until `tries` attempts in a row have brought nothing new."""
     failures = furthest = 0
     while not stop.is_set():
         try:
-            size, server_sha256 = receive(url, part, stop)
-            verify(part, size, sha256 or server_sha256)
+            receive(url, part, sha256, stop)
             return
         except Failed as error:
             failure = error
@@ -136,83 +129,88 @@ def download(url: str, part: Path, sha256: str | None, tries: int, stop: threadi
         stop.wait(pause)
 
 
-def receive(url: str, part: Path, stop: threading.Event) -> tuple[int | None, str | None]:
-    """Receive the file into `part`, or only its rest if the server still has the same content.
-
-    Returns the size in bytes and the sha256 of the file, where the server tells them.
-    """
-    tag = part.with_suffix(".tag")  # keeps the server's name (ETag) for the content of `part`
-    known = tag.read_text() if tag.exists() and part.exists() else None
+def receive(url: str, part: Path, sha256: str | None, stop: threading.Event) -> None:
+    """Receive and verify the file, or only its rest if the server still has the same content."""
+    tag = part.with_suffix(".tag")  # the server's name (ETag) for the content of `part`
+    known = tag.read_text() if tag.exists() and part.exists() else ""
     have = part.stat().st_size if known else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(
         url, headers=headers, auth=hub_auth(url), stream=True, timeout=TIMEOUT
     ) as response:
-
-        def linked(name: str) -> str:
-            """Return what the hub says about the file before it redirects to the storage."""
-            hops = (*response.history, response)
-            return next((hop.headers[name] for hop in hops if name in hop.headers), "")
-
-        etag = (linked("X-Linked-ETag") or response.headers.get("ETag", "")).strip('W/"')
-        sha256 = linked("X-Linked-ETag").strip('"')
-        if response.status_code in (206, 416):
-            span = response.headers.get("Content-Range", "")
-            rest = re.fullmatch(rf"bytes {have}-\d+/(\d+)", span)
-            if etag != known or not rest:
-                tag.unlink(missing_ok=True)
-                raise Failed("the file on the server changed")
-            size = int(rest[1])
-        elif response.status_code == 200:
+        # The hub gives the sha256 before it redirects to its storage, which has ETags of its own.
+        hops = [hop.headers for hop in (*response.history, response)]
+        linked = next((h["X-Linked-ETag"] for h in hops if "X-Linked-ETag" in h), "").strip('"')
+        etag = linked or response.headers.get("ETag", "").strip('W/"')
+        span = response.headers.get("Content-Range", "")
+        if response.status_code == 200:
             have = 0
-            size = int(linked("X-Linked-Size") or response.headers.get("Content-Length") or 0)
-        else:
+        elif response.status_code not in (206, 416):
             raise refusal(response)
+        elif etag != known or not span.startswith(f"bytes {have}-"):
+            tag.unlink(missing_ok=True)
+            raise Failed("the file on the server changed")
 
-        needed, free = size - have + RESERVE, shutil.disk_usage(part.parent).free
-        if needed > free:
-            raise Failed(
-                f"the disk is full: {part.parent} has {free / 1e6:,.0f} MB free, and this needs "
-                f"{needed / 1e6:,.0f} MB, of which {RESERVE / 1e6:,.0f} MB stay free",
-                final=True,
-            )
+        rest = int(response.headers.get("Content-Length") or 0)
+        total, free = have + rest, shutil.disk_usage(part.parent).free
+        if rest + RESERVE > free:
+            why = f"{part.parent} has {free / 1e6:,.0f} MB free, and this needs"
+            raise Failed(f"the disk is full: {why} {(rest + RESERVE) / 1e6:,.0f} MB", final=True)
         if stop.is_set():  # another process may have the lock by now
-            raise Failed("given up")
+            raise Failed("stopped")
         if etag:
             tag.write_text(etag)
         else:
             tag.unlink(missing_ok=True)
-        bar = progress_bar(f"downloading {Path(url).name}", size or None, "B", have)
+        bar = progress_bar(f"downloading {Path(url).name}", total if rest else None, "B", have)
         with part.open("ab" if have else "wb") as file, bar:
             for chunk in response.iter_content(CHUNK):
+                if stop.is_set():
+                    raise Failed("stopped")
                 file.write(chunk)
                 bar.update(len(chunk))
-                if stop.is_set():
-                    break
-            file.flush()
-            os.fsync(file.fileno())
-    return size or None, sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else None
+    if part.stat().st_size < total:  # which urllib3 1 does not notice
+        raise Failed("the connection broke off")
+    verify(part, sha256 or (linked if re.fullmatch("[0-9a-f]{64}", linked) else None))
 
 
 def refusal(response: requests.Response) -> Failed:
-    """Return the failure that an HTTP status means."""
+    """Return the failure that an HTTP status means, with the hub's own message."""
     status = response.status_code
     why = f"the server answers {status} {response.reason}"
-    if status in (401, 403):
-        message = response.headers.get("X-Error-Message")
-        if message is None:
-            message = next(response.iter_content(1000), b"").decode("utf-8", "replace")
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                message = str(json.loads(message)["error"])
-        if message and not message.startswith("<"):  # a page of HTML explains nothing
-            why += f": {' '.join(message.split())[:300]}"
-        if hub_auth((*response.history, response)[0].url):
-            why += " (with the token of HF_TOKEN or `hf auth login`)"
+    if message := response.headers.get("X-Error-Message"):
+        why += f": {message}"
+    if status in (401, 403) and hub_auth((*response.history, response)[0].url):
+        why += " (with the token of HF_TOKEN or `hf auth login`)"
     # A busy or broken server may recover; after a redirect, a signed address may have expired.
     final = status < 500 and status not in (408, 429) and not response.history
     wait = response.headers.get("Retry-After", "")
     pause = min(float(wait), 600.0) if wait.isdigit() else None
-    return Failed(why, final, pause or (RATE_LIMIT if status == 429 else None))
+    return Failed(why, final, RATE_LIMIT if status == 429 and pause is None else pause)
+
+
+def hub_url() -> str:
+    """Return the address of the Hugging Face hub, or of the mirror in HF_ENDPOINT."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def hub_auth(url: str) -> Callable | None:
+    """Return a function that adds the user's token to a request, or None if it is not for the hub.
+
+    The token is HF_TOKEN or that of `hf auth login`. Passed to requests as `auth`, it is not
+    replaced by an entry of ~/.netrc, and is removed where a redirect leads to another host.
+    """
+    if not (url.startswith("https://") and url.startswith(f"{hub_url()}/")):
+        return None
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    path = Path(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()
+    token = os.environ.get("HF_TOKEN") or (path.read_text() if path.is_file() else "")
+
+    def authorize(request):
+        request.headers["Authorization"] = f"Bearer {token.strip()}"
+        return request
+
+    return authorize if token.strip() else None
 
 
 UNTRUSTED = "the server's certificate is not trusted (behind a proxy, set REQUESTS_CA_BUNDLE)"

@@ -13,13 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import download, shards
 from data.dataset import Dataset
 from data.errors import DataError
-from data.hub import hub_url
-from data.progress import locked, progress_bar
+from data.progress import make_once, progress_bar
 from data.tokenizer import GPT2Tokenizer
 
 REPOSITORY = "datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c"
@@ -45,50 +43,46 @@ def load(kind: str | None, n: int) -> Dataset:
     try:
         for i in range(n):
             prepare(i, train[i], val, tokenizer)
+        tokens = shards.ConcatTokens([shards.read(path) for path in train])
+        return Dataset("openwebtext", tokens, shards.read(val), tokenizer)
     except OSError as error:
         raise DataError(f"openwebtext: {error.filename or folder}: {error.strerror}") from None
-    tokens = shards.ConcatTokens([shards.read(path) for path in train])
-    return Dataset("openwebtext", tokens, shards.read(val), tokenizer)
 
 
 def prepare(i: int, train: Path, val: Path, tokenizer: GPT2Tokenizer) -> None:
-    """Download and tokenize shard i, unless `train` and `val` are there already."""
-    if train.exists() and val.exists():
-        return
-    with locked(train):
-        if train.exists() and val.exists():
-            return
-        url = os.environ.get("OPENWEBTEXT_URL") or f"{hub_url()}/{REPOSITORY}"
+    """Make `train` of shard i, and `val` if i is 0, unless they are there already."""
+
+    def make() -> None:
+        url = os.environ.get("OPENWEBTEXT_URL") or f"{download.hub_url()}/{REPOSITORY}"
         parquet = train.with_name(f"{i:02d}.parquet")
         download.fetch(f"{url.rstrip('/')}/{NAME.format(i)}", parquet)
-        tokenize(parquet, tokenizer, train, val if i == 0 else None)
+        held_out: list[np.ndarray] = []  # one percent, some 2 MB
+        shards.write(train, 2, tokenize(parquet, tokenizer, held_out))
+        if i == 0:
+            shards.write(val, 2, held_out)
         parquet.unlink()
 
+    make_once(train, make, lambda: train.exists() and val.exists())
 
-def tokenize(parquet: Path, tokenizer: GPT2Tokenizer, train: Path, val: Path | None) -> None:
-    """Write the documents' tokens to `train`, and those of the held-out documents to `val`."""
+
+def tokenize(parquet: Path, tokenizer: GPT2Tokenizer, held_out: list) -> Iterator[np.ndarray]:
+    """Yield the tokens of each document, and append those of held-out documents to a list."""
 
     def encode(text: str) -> tuple[bool, np.ndarray]:
         is_held_out = zlib.crc32(text.encode()) % 100 == 0
         return is_held_out, np.append(tokenizer.encode(text), np.uint16(tokenizer.end))
 
-    held_out = []  # one percent, some 2 MB
-    bar = progress_bar(f"tokenizing {parquet.name}", None, " documents")
-    with shards.Writer(train, 2) as writer, bar:
-        for is_held_out, ids in shards.ordered_map(encode, documents(parquet, bar)):
-            if is_held_out:
-                held_out.append(ids)
-            else:
-                writer.write(ids)
-        if not held_out or not writer.count:
-            parquet.unlink()
-            raise DataError(f"{parquet.name} has too few documents for a shard of openwebtext")
-        if val:
-            with shards.Writer(val, 2) as val_writer:
-                val_writer.write(np.concatenate(held_out))
+    for is_held_out, ids in shards.ordered_map(encode, documents(parquet)):
+        if is_held_out:
+            held_out.append(ids)
+        else:
+            yield ids
+    if not held_out:
+        parquet.unlink()
+        raise DataError(f"{parquet.name} has too few documents for a shard of openwebtext")
 
 
-def documents(parquet: Path, bar: tqdm) -> Iterator[str]:
+def documents(parquet: Path) -> Iterator[str]:
     """Yield the texts in a parquet file, reading one row group at a time (about 1,000 documents).
 
     Removes a file that is not a shard of openwebtext, and raises DataError.
@@ -98,14 +92,15 @@ def documents(parquet: Path, bar: tqdm) -> Iterator[str]:
 
     try:
         with ParquetFile(parquet) as file:
-            bar.total = file.metadata.num_rows
-            for i in range(file.num_row_groups):
-                for text in file.read_row_group(i, columns=["text"])["text"].to_pylist():
-                    if not isinstance(text, str | None):
-                        raise TypeError(f"a text is of the type {type(text).__name__}")
-                    if text is not None:
-                        yield text
-                    bar.update()
+            rows = file.metadata.num_rows
+            with progress_bar(f"tokenizing {parquet.name}", rows, " documents") as bar:
+                for i in range(file.num_row_groups):
+                    for text in file.read_row_group(i, columns=["text"])["text"].to_pylist():
+                        if not isinstance(text, str | None):
+                            raise TypeError(f"a text is of the type {type(text).__name__}")
+                        if text is not None:
+                            yield text
+                        bar.update()
     except (ArrowException, OSError, KeyError, TypeError, UnicodeDecodeError) as error:
         parquet.unlink()
         words = " ".join(str(error).split())

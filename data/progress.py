@@ -1,8 +1,7 @@
-"""Show the progress of long work: as a bar, or as one line where there is no terminal."""
+"""Show the progress of long work, and let one process at a time do it."""
 
-import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,27 +14,30 @@ def say(line: str) -> None:
 
 def progress_bar(task: str, total: int | None, unit: str, done: int = 0) -> tqdm:
     """Return a bar that shows how much of a task is done; without a terminal, print the task."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
+    terminal = sys.stderr.isatty()
     if not terminal:
         say(task)
     look = {"unit": unit, "unit_scale": True, "leave": False, "disable": not terminal}
     return tqdm(desc=task, total=total, initial=done, **look)
 
 
-@contextlib.contextmanager
-def locked(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Let one process at a time prepare the file at `path`; the others wait, and say so.
+def make_once(
+    path: Path, make: Callable[[], None], is_ready: Callable[[], bool], timeout: float = -1
+) -> None:
+    """Call make(), which makes the file at `path`, unless is_ready().
 
-    Raises filelock.Timeout after `timeout` seconds; -1 waits without a limit.
+    One process at a time does so; the others wait and say so. Raises filelock.Timeout after
+    `timeout` seconds; -1 waits without a limit.
     """
+    if is_ready():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         say(f"waiting for another process to prepare {path}")
-        lock.acquire(timeout=timeout)
-    try:
-        yield
-    finally:
-        lock.release()
+        held = lock.acquire(timeout=timeout)
+    with held:
+        if not is_ready():
+            make()

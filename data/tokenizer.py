@@ -34,25 +34,20 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, chars: str):
         if len(chars) > 1 << 16:
-            raise DataError(
-                f"{len(chars):,} different characters do not fit a token of 16 bits; "
-                f"--tokenizer byte or gpt2 can take any text"
-            )
-        self.chars = chars
-        self.vocab_size = len(chars)
+            raise DataError(f"{len(chars):,} characters do not fit 16 bits: use --tokenizer byte")
+        self.chars, self.vocab_size = chars, len(chars)
+        self.codes = np.array([ord(c) for c in chars], dtype=np.uint32)
         self.start = [max(0, chars.find("\n"))]
 
     def encode(self, text: str) -> np.ndarray:
         """Return one id per character. Raises DataError that names an unknown character."""
-        code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        known = np.array([ord(c) for c in self.chars], dtype=np.uint32)
-        ids = np.searchsorted(known, code).clip(max=len(known) - 1)
-        unknown = known[ids] != code
-        if unknown.any():
-            at = int(unknown.argmax())
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
+        unknown = np.flatnonzero(self.codes[ids] != codes)
+        if len(unknown):
             raise DataError(
-                f"the character {text[at]!r} (number {at + 1} of the text) is not among the "
-                f"{self.vocab_size} characters that this model was trained on"
+                f"the character {text[unknown[0]]!r} is not among the {self.vocab_size} "
+                f"characters that this model was trained on"
             )
         return ids.astype(np.uint8 if self.vocab_size <= 256 else np.uint16)
 
@@ -127,18 +122,17 @@ VOCABULARY = {
 
 
 def find_vocabulary() -> Path:
-    """Return a folder that has GPT-2's vocabulary as tiktoken caches it, downloaded if necessary.
+    """Return a folder with GPT-2's vocabulary: tiktoken's cache, else ours, where it is downloaded.
 
-    The folders that tiktoken itself would use are searched first. Raises DataError.
+    Raises DataError if it cannot be downloaded.
     """
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    theirs = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
+    files = {hashlib.sha1(url.encode()).hexdigest(): url for url in VOCABULARY}
+    if all(download.is_whole(theirs / name, VOCABULARY[url]) for name, url in files.items()):
+        return theirs
     own = download.cache_dir() / "tiktoken"
-    theirs = [os.environ.get(name) for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")]
-    theirs += [os.path.join(tempfile.gettempdir(), "data-gym-cache")]
-    names = {hashlib.sha1(url.encode()).hexdigest(): url for url in VOCABULARY}
-    for folder in filter(None, theirs):
-        if all(download.is_whole(Path(folder, name), VOCABULARY[names[name]]) for name in names):
-            return Path(folder)
-    for name, url in names.items():
+    for name, url in files.items():
         download.fetch(url, own / name, VOCABULARY[url])
     return own
 

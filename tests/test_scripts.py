@@ -465,8 +465,8 @@ def test_the_comparison_runs_whole_and_resumes(text, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_script", run_script)
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     small = {k: v for k, v in SMALL.items() if k != "learning_rate"} | {"n_layer": 5}
-    config = {"name": "small", "dataset": text, "variants": "plain,pruned as 4x5,X_0 and X_1", "jobs": 1,
-              "seeds": 1, "sweep": "3e-3", "out_dir": tmp_path / "runs"}  # fmt: skip
+    config = {"name": "small", "dataset": text, "variants": "plain,pruned as 4x5,X_0 and X_1",
+              "jobs": 1, "seeds": 1, "sweep": "3e-3", "out_dir": tmp_path / "runs"}  # fmt: skip
     config["train"] = " ".join(flags(**small))
     run.main(flags(**config))
     done = json.loads((tmp_path / "small.json").read_text())
