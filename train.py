@@ -475,8 +475,8 @@ def train(config, checkpoint, device, signals):
         with checkpoint_errors(out_dir / "last.pt"):
             if checkpoint["fingerprint"] != dataset.fingerprint():
                 raise UserError(f"{dataset.name} is not the data that {out_dir} was trained on")
-            model.load_state_dict(checkpoint["model"])
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            model.load_state_dict(checkpoint.pop("model"))  # and free it
+            for optimizer, state in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
                 # weight decay and betas are those of this run's flags
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict(state | {"param_groups": groups})
