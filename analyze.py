@@ -1,7 +1,7 @@
-"""Show what the alphas of a trained DenseFormer learned: tables here, plots in the run's folder.
+"""Show what the alphas of a trained DenseFormer learned: print tables, plot into the run's folder.
 
 python analyze.py                             the run in out/
-python analyze.py --plain out-plain           compared with a plain Transformer on the same data
+python analyze.py --plain out-plain           compare with a plain Transformer on the same data
 python analyze.py --prune 0.8                 drop the smallest 80% of the alphas: out/pruned.pt
 python train.py --init_from out/pruned.pt --out_dir out-pruned      and continue without them
 
@@ -35,10 +35,10 @@ BATCH_SIZE = 8
 @dataclass
 class AnalyzeConfig:
     out_dir: str = flag("out", "folder of the run")
-    checkpoint: str = flag("best", "best or last", choices=("best", "last"))
-    plain: str | None = flag(None, "folder of a plain Transformer's run, to compare with")
-    prune: float = flag(0.0, "fraction of the alphas, the smallest, to drop in pruned.pt", 0, 1)
-    tokens: int = flag(50_000, "validation tokens to measure on, at most", low=1)
+    checkpoint: str = flag("best", "which checkpoint of the run", choices=("best", "last"))
+    plain: str | None = flag(None, "folder of a plain Transformer's run to compare with")
+    prune: float = flag(0.0, "drop this fraction of the alphas, the smallest: pruned.pt", 0, 1)
+    tokens: int = flag(50_000, "maximum number of validation tokens to use", low=1)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 
 
@@ -107,7 +107,7 @@ class Run:
         return perplexities
 
     def singular_values(self):
-        """Return {matrix: singular values in falling order, averaged over the blocks}."""
+        """Return {matrix: singular values in decreasing order, averaged over the blocks}."""
         kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         weights = {
             kind: torch.stack([block.get_submodule(kind).weight for block in self.model.blocks])
@@ -135,7 +135,7 @@ def kept(alpha, mask, fraction):
 
 @torch.no_grad()
 def prune(dwa, fraction):
-    """Return the DWA without that fraction of the alphas; a row that loses all has no DWA."""
+    """Return the DWA without that fraction of the alphas; an emptied row has no DWA."""
     mask = kept(dwa.alpha, dwa.mask, fraction)
     pruned = DWA(dwa.n_layer, dwa_pattern(mask), dwa.impl).to(dwa.alpha)
     pruned.alpha.copy_(dwa.alpha)
@@ -148,7 +148,7 @@ def save_pruned(run, fraction, out_dir):
     all_alphas = run.model.dwa.num_params()
     dwa = run.model.dwa = prune(run.model.dwa, fraction)
     if not dwa.num_params():
-        raise UserError(f"--prune {fraction} leaves no DWA of the {all_alphas:,} alphas: keep more")
+        raise UserError(f"--prune {fraction} drops all {all_alphas:,} alphas; drop fewer")
     config = run.checkpoint["model_config"] | {"dwa": dwa.pattern}
     model = {name: tensor.cpu() for name, tensor in run.model.state_dict().items()}
     path = out_dir / "pruned.pt"
@@ -157,12 +157,12 @@ def save_pruned(run, fraction, out_dir):
         f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas, a sparsity of "
         f"{dwa.sparsity():.1%}: validation perplexity {run.perplexity():.3f}\n"
         f"to continue training: python train.py --init_from {path} --out_dir {out_dir}-pruned\n"
-        f"to train from scratch: --n_layer {dwa.n_layer} --dwa {dwa.pattern}"
+        f"to train this pattern from scratch: --n_layer {dwa.n_layer} --dwa {dwa.pattern}"
     )
 
 
 def table(head, rows):
-    """Return rows of numbers under their heads, as text."""
+    """Return a text table of rows under a header line."""
     lines = [head, *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in r] for r in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -176,13 +176,13 @@ def table(head, rows):
 
 def save(figure, path):
     figure.savefig(path, dpi=150)
-    print(f"plotted {path}")
+    print(f"saved {path}")
 
 
 def draw_alpha(axes, alpha, mask, limit):
     """Draw alpha, (L, L + 1), on a symmetric-log scale up to `limit`, and return the image.
 
-    Above 0.01, equal steps of colour are equal factors. Entries outside the mask are grey.
+    Above 0.01, equal color steps are equal factors. Entries outside the mask are gray.
     """
     from matplotlib.colors import SymLogNorm
     from matplotlib.ticker import MaxNLocator
@@ -212,8 +212,8 @@ def plot_alpha(alpha, mask, title, path):
             color = "white" if abs(value) > 0.5 * limit else "black"
             axes.text(j, i + 1, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     axes.set_title(title)
-    axes.set_xlabel("$j$, of block output $X_j$ ($X_0$: the embedding)")
-    axes.set_ylabel("$i$, of DWA output $Y_i$")
+    axes.set_xlabel("$j$ (block output $X_j$; $X_0$ is the embedding)")
+    axes.set_ylabel("$i$ (DWA output $Y_i$)")
     figure.colorbar(image, ax=axes, label=r"$\alpha_{i,j}$", shrink=0.85)
     save(figure, path)
 
@@ -225,8 +225,8 @@ def plot_snapshots(snapshots, mask, path):
     for axes, (step, alpha) in zip(all_axes[0], snapshots.items(), strict=True):
         image = draw_alpha(axes, alpha, mask, limit)
         axes.set_title(f"step {step:,}", fontsize=10)
-        axes.set_xlabel("$j$, of $X_j$")
-    all_axes[0, 0].set_ylabel("$i$, of $Y_i$")
+        axes.set_xlabel("$j$ (of $X_j$)")
+    all_axes[0, 0].set_ylabel("$i$ (of $Y_i$)")
     figure.colorbar(image, ax=all_axes, label=r"$\alpha_{i,j}$")
     save(figure, path)
 
@@ -236,7 +236,7 @@ def plot_cosines(cosines, path):
     for name, values in cosines.items():
         axes.plot(values, "o-", label=name, markersize=3.5)
     axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set(xlabel="$i$, blocks so far", ylabel="cosine similarity of $Y_i$ to $X_0$")
+    axes.set(xlabel="$i$ (after block $i$)", ylabel="cosine similarity of $Y_i$ to $X_0$")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -247,7 +247,7 @@ def plot_dropped(fractions, perplexities, path):
     figure, axes = new_figure(figsize=(6.5, 3.8))
     axes.plot([100 * f for f in fractions], perplexities, "o-", markersize=4)
     axes.axhline(perplexities[0], color="0.6", linewidth=0.8)
-    axes.set(xlabel="alphas dropped, the smallest (%)", ylabel="validation perplexity")
+    axes.set(xlabel="smallest alphas dropped (%)", ylabel="validation perplexity")
     if max(perplexities) > 10 * min(perplexities):
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
@@ -262,7 +262,7 @@ def plot_singular_values(values, path):
             axes.set_title(kind, fontsize=10)
             axes.grid(alpha=0.3)
     for axes in all_axes[1]:
-        axes.set_xlabel("rank of the singular value")
+        axes.set_xlabel("index of the singular value")
     for axes in all_axes[:, 0]:
         axes.set_ylabel("mean over the blocks")
     all_axes[0, 0].legend()
@@ -286,7 +286,7 @@ def main(argv=None):
     if config.plain:
         plain = Run(Path(config.plain) / f"{config.checkpoint}.pt", config.tokens, device)
         if plain.model.dwa.num_params():
-            raise UsageError(f"--plain: the model in {config.plain} has DWAs")
+            raise UsageError(f"--plain: the model in {config.plain} is a DenseFormer")
         if plain.checkpoint["fingerprint"] != run.checkpoint["fingerprint"]:
             raise UsageError(f"--plain: {config.plain} was trained on other data than {out_dir}")
         runs["plain Transformer"] = plain
@@ -306,7 +306,7 @@ def main(argv=None):
         rows = zip((f"{f:.0%}" for f in fractions), perplexities, strict=True)
         print(table(["dropped", "perplexity"], list(rows)))
     values = {name: r.singular_values() for name, r in runs.items()}
-    print("\nmean singular value of the weights, over all blocks")
+    print("\nmean singular value of each weight matrix, over all blocks")
     kinds = next(iter(values.values()))
     rows = [[kind, *(s[kind].mean().item() for s in values.values())] for kind in kinds]
     print(table(["", *values], rows), end="\n\n")

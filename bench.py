@@ -1,14 +1,14 @@
 """Measure what depth-weighted averaging costs on this machine.
 
-python bench.py                          a deep model, with each kind of DWA and without
-python bench.py --dwa_only               DWA alone, between blocks that do nothing; takes seconds
+python bench.py                          a deep model, with each kind of DWA and without any
+python bench.py --dwa_only               DWA alone, between blocks that do nothing (seconds)
 python bench.py --n_layer 6 --rounds 9   another shape; --help lists the flags
 python bench.py --json results/b.json    also write the numbers to a file
 
 All variants share one set of weights and take turns in each round. Times are medians over the
-rounds. Ratios are medians of the ratios to the plain Transformer in the same round, so a machine
-that slows down for a while slows all variants. For the shapes in GOALS, the last lines say which
-goals were met; the exit status is 1 if one was missed.
+rounds. Ratios are medians of the ratios to the plain Transformer in the same round, so a temporary
+slowdown of the machine affects all variants alike. For shapes in GOALS, the last lines say which
+goals were met; the exit status is 1 if any was missed.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ from denseformer import DWA, DenseFormer, DenseFormerConfig
 class BenchConfig:
     patterns: str = flag("1x1,4x1,4x5", "DWA patterns to compare with the plain model")
     n_layer: int = flag(48, "blocks", low=1)
-    n_embd: int = flag(384, "channels; heads have 64", low=64)
+    n_embd: int = flag(384, "channels, a multiple of 64; 64 per head", low=64)
     batch_size: int = flag(4, "sequences per batch", low=1)
     block_size: int = flag(256, "tokens per sequence", low=64)
     vocab_size: int = flag(256, "vocabulary size", low=1)
-    dtype: str = flag("float32", "of activations", choices=("float32", "bfloat16"))
+    dtype: str = flag("float32", "dtype of activations", choices=("float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the model")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
-    rounds: int = flag(5, "number of measurements", low=1)
+    rounds: int = flag(5, "measurements of each variant", low=1)
     dwa_only: bool = flag(False, "measure DWA alone, without the model")
     json: str | None = flag(None, "file to write the numbers to")
 
 
-# The paper's model, on a GPU; the flags override it.
+# Defaults on a GPU: the paper's model.
 GPU = {"n_embd": 768, "batch_size": 64, "vocab_size": 50304, "dtype": "bfloat16", "compile": True}
 
 # Goals by device, depth and width: the largest ratio to the plain Transformer, the smallest
@@ -165,10 +165,10 @@ def peak_memory(function, device):
 
 
 class Traffic(TorchDispatchMode):
-    """Count the bytes that operations read and write in tensors of at least N numbers, and these
-    operations, each of which is about one kernel launch on a GPU.
+    """Count the bytes that operations read and write in tensors of at least N elements, and the
+    operations themselves, each of which is about one kernel launch on a GPU.
 
-    A baddbmm counts as two launches, because it first copies its start to its output.
+    A baddbmm counts as two launches, because it first copies its input to its output.
     """
 
     def __init__(self, N):
@@ -197,8 +197,8 @@ class Traffic(TorchDispatchMode):
 
 
 def count_traffic(dwa, dtype):
-    """Return the activations of `dtype` that a DWA moves and its kernel launches, each as
-    (forward, backward), counted on a small activation."""
+    """Return the number of activations that a DWA moves and of its kernel launches, each as
+    (forward, backward), counted with a small activation of `dtype`."""
     x = torch.randn(1, 64, 256).to(dtype).requires_grad_()
     cpu, counts = type(dwa)(dwa.n_layer, dwa.pattern, dwa.impl), []
     with Traffic(x.numel()) as traffic:
@@ -218,7 +218,7 @@ def dwa_forward(dwa, x):
 
 
 def dwa_pass(dwa, x):
-    """Run forward and backward of the DWA alone."""
+    """Run the forward and backward passes of the DWA alone."""
     dwa_forward(dwa, x).backward(x.detach())
     x.grad = dwa.alpha.grad = None
 
@@ -245,14 +245,14 @@ def matmul_peak(device, dtype):
 
 def make_tasks(model, dwas, config, device):
     """Return {column: {row: function}} for the columns train, forward, decode and recompute, and
-    the tokens that the last two decode: {column: number}."""
+    the number of tokens that each of the last two decodes, {column: number}."""
     dtype = getattr(torch, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     shape = (config.batch_size, config.block_size)
     idx, targets = torch.randint(config.vocab_size, (2, *shape), device=device)
     parameters = [*model.parameters(), *(dwa.alpha for dwa in dwas.values())]
     optimizer = torch.optim.AdamW({id(p): p for p in parameters}.values(), 1e-9, fused=True)
-    new = config.block_size // 4  # tokens, the last of the context
+    new = config.block_size // 4  # decode the last quarter of the context
 
     def train(dwa):
         model.dwa = dwa
@@ -268,7 +268,7 @@ def make_tasks(model, dwas, config, device):
         with autocast:
             model(idx)
 
-    def eager():  # the shape changes with every token, so compiling would not pay
+    def eager():  # the shape changes with every token, so compiling would not pay off
         return torch.compiler.set_stance("force_eager")
 
     def decode(dwa):
@@ -321,7 +321,7 @@ def ratio(times, row, base="plain"):
 
 
 def cell(times, row):
-    """Return median time ± half the interquartile range | ratio to the plain model."""
+    """Return "median time ± half the interquartile range | ratio to plain", in ms."""
     ms = [1000 * t for t in times[row]]
     low, _, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
     return f"{statistics.median(ms):.1f} ± {(high - low) / 2:.1f} | {ratio(times, row):.3f}"
@@ -356,7 +356,7 @@ def main(argv=None):
     N = config.batch_size * config.block_size * config.n_embd
     report = {"machine": machine(device), "config": asdict(config), "times": {}, "numbers": {}}
     numbers = report["numbers"]
-    # Until a block of this size has been freed, glibc returns large blocks to the system at once.
+    # Freeing one 31 MiB block makes glibc reuse later large blocks, not return them to the system.
     torch.empty(31 << 20, dtype=torch.uint8)
     print(
         f"python bench.py {' '.join(argv or sys.argv[1:])}\n{report['machine']}\n"
@@ -373,7 +373,7 @@ def main(argv=None):
     bar.close()
     copy = numbers["copy_bandwidth"] = bandwidth(device)
     print(
-        "| DWA alone | forward + backward, ms | x naive | activations moved | GB/s | of copy "
+        "| DWA alone | forward + backward, ms | x naive | activations moved | GB/s | of a copy's "
         "| launches per block, forward + backward |\n"
         "|---|---|---|---|---|---|---|"
     )
@@ -384,10 +384,10 @@ def main(argv=None):
         numbers[f"rate {row}"] = rate
         milliseconds = 1000 * statistics.median(times[row])
         against = ratio(times, row, "1x1 naive")
-        up, down = (n / config.n_layer for n in launches)
+        forward, backward = (n / config.n_layer for n in launches)
         print(
             f"| {row} | {milliseconds:.1f} | {against:.3f} | {sum(moved):,.0f} | {rate / 1e9:.1f} "
-            f"| {rate / copy:.0%} | {up:.1f} + {down:.1f} |"
+            f"| {rate / copy:.0%} | {forward:.1f} + {backward:.1f} |"
         )
     print(f"bandwidth of a copy: {copy / 1e9:.1f} GB/s\n")
     reached = {}
@@ -430,7 +430,7 @@ def bench_model(config, device, dwas, report):
 
     print(
         "| whole model | training step, ms | x plain | forward, ms | x plain | decoding, tokens/s "
-        "| x plain's time | memory of a step, MB | + plain, activations | of a forward, MB |\n"
+        "| time, x plain | memory of a step, MB | over plain, activations | of a forward, MB |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
     )
     activation = config.batch_size * config.block_size * config.n_embd
@@ -473,7 +473,7 @@ def bench_model(config, device, dwas, report):
 
 
 def print_goals(goals, reached):
-    """Print a line for each goal that this run measured; return the number that were missed."""
+    """Print a line for each goal that this run measured; return how many were missed."""
     missed = 0
     for name, goal in goals.items():
         if name not in reached:

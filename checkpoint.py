@@ -1,4 +1,4 @@
-"""Runs on disk: checkpoints, written whole or not at all and loaded without running code; a log."""
+"""Runs on disk: checkpoints, saved atomically and loaded without running code, and a log."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ FORMAT = "denseformer-2"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, foreign, or cannot be written."""
+    """A checkpoint that is missing, damaged, not ours, or cannot be written."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]):
@@ -35,7 +35,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]):
         os.replace(part, path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
-    except RuntimeError:  # how torch reports a full disk, in words of its C++ code
+    except RuntimeError:  # torch reports a full disk as an internal C++ error
         raise CheckpointError(f"cannot write {path}: is the disk full?") from None
     finally:
         part.unlink(missing_ok=True)
@@ -44,7 +44,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]):
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the contents of a checkpoint, with all tensors on the CPU.
 
-    Raises CheckpointError, with the reason, if the file is missing, damaged or foreign.
+    Raises CheckpointError if the file is missing, damaged, or of another format.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
@@ -53,15 +53,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["format"] if isinstance(checkpoint, dict) else None
     except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
+        raise CheckpointError(f"no checkpoint found at {path}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # a damaged archive can fail in any way
-        raise CheckpointError(f"{path} is damaged, or not a checkpoint of DenseFormer") from None
+        raise CheckpointError(f"{path} is damaged or not a DenseFormer checkpoint") from None
     if found != FORMAT:
         raise CheckpointError(
-            f"{path} has the format {found!r}, and this version reads {FORMAT!r} only: train the "
-            f"model again, or use the version that wrote it"
+            f"{path} has format {found!r}, but this version reads only {FORMAT!r}: retrain the "
+            f"model, or use the version that saved it"
         )
     return checkpoint
 
@@ -74,8 +74,7 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path} is not a checkpoint of this version of DenseFormer: "
-            f"{type(error).__name__}: {reason}"
+            f"{path} does not fit this version of DenseFormer: {type(error).__name__}: {reason}"
         ) from None
 
 
@@ -93,7 +92,7 @@ def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer
 
 
 def load_weights(path: Path, model: DenseFormer, tokenizer: Tokenizer):
-    """Load the weights of a checkpoint, and of its alphas those that the model's pattern has too.
+    """Load the weights of a checkpoint, and those of its alphas that are in the model's pattern.
 
     The other alphas start at 0, or at the identity in rows where the checkpoint has no DWA. Raises
     CheckpointError for a model of another shape or tokenizer.
@@ -101,7 +100,7 @@ def load_weights(path: Path, model: DenseFormer, tokenizer: Tokenizer):
     checkpoint = load_checkpoint(path)
     with checkpoint_errors(path):
         if checkpoint["tokenizer"] != tokenizer.state():
-            raise CheckpointError(f"{path} has another tokenizer than the data")
+            raise CheckpointError(f"{path} has a different tokenizer than the data")
         model.load_state_dict(checkpoint["model"])
     start = DWA(model.config.n_layer, model.config.dwa).alpha.to(model.dwa.alpha)
     with torch.no_grad():
@@ -110,13 +109,13 @@ def load_weights(path: Path, model: DenseFormer, tokenizer: Tokenizer):
 
 
 class Log:
-    """log.jsonl, one dict per line."""
+    """log.jsonl: one JSON object per line."""
 
     def __init__(self, path: Path, step: int):
-        """Open it to append to, without what a crashed run wrote after the checkpoint at `step`."""
+        """Open the log to append, dropping entries later than the checkpoint at `step`."""
         kept = []
         for line in path.read_text().splitlines() if step and path.exists() else []:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # skip a truncated line
                 entry = json.loads(line)
                 if entry["step"] < step or (entry["step"] == step and "loss" in entry):
                     kept.append(line + "\n")

@@ -1,4 +1,4 @@
-"""Settings from the command line, the device and the dtype, and how every script begins and ends.
+"""Command-line flags, device and dtype, and the entry point shared by all scripts.
 
 The fields of a settings dataclass are the flags of a script:
 
@@ -38,7 +38,7 @@ class UsageError(UserError):
 
 
 def flag(default, help: str, low=None, below=None, choices=None):
-    """Return a dataclass field that is a flag, for values from `low` on, `below` a limit."""
+    """Return a dataclass field that becomes a flag, with low <= value < below."""
     limits = {"low": low, "below": below, "choices": choices}
     return field(default=default, metadata={"help": help} | limits)
 
@@ -74,7 +74,8 @@ def parse_flags(
         options = {"type": TYPES[kind], "metavar": "|".join(choices or [kind.__name__.upper()])}
         if kind is bool:  # --compile, --compile=False and --compile false
             options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
-        default = "" if f.default is None or f.default is False else f" (default: {f.default})"
+        unset = f.default is None or f.default is False or f.default == ""
+        default = "" if unset else f" (default: {f.default})"
         help = f.metadata["help"] + default
         group.add_argument(
             f"--{f.name}", default=argparse.SUPPRESS, choices=choices,
@@ -92,7 +93,7 @@ def parse_flags(
     for word in rest:
         name = word.split("=")[0]
         if not word.startswith("--"):
-            raise UsageError(f"unexpected {word!r}: every setting is a flag, --name value")
+            raise UsageError(f"unexpected argument {word!r}: settings have the form --name value")
         near = difflib.get_close_matches(name[2:].replace("-", "_"), names, n=1)
         hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
         raise UsageError(f"unknown flag {name}; {hint}")
@@ -100,7 +101,7 @@ def parse_flags(
     for name, value in vars(flags).items():
         low, below = limits[name]["low"], limits[name]["below"]
         if value == "":
-            raise UsageError(f"--{name} is empty; leave it out for its default")
+            raise UsageError(f"--{name} is empty; omit it to use the default")
         if low is not None and value < low:
             raise UsageError(f"--{name} must be at least {low}, not {value}")
         if below is not None and value >= below:
@@ -154,8 +155,8 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of that name; "auto" is bfloat16 if the hardware multiplies matrices of it,
-    rather than emulating that, else float32."""
+    """Return the dtype of that name; "auto" is bfloat16 where the hardware multiplies bfloat16
+    matrices natively, and float32 elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     native = False
@@ -167,7 +168,7 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-# Dense bfloat16 FLOPs per second, from data sheets; the first name that matches counts.
+# Dense bfloat16 FLOPs per second, from data sheets; the first matching name is used.
 PEAK_FLOPS = {
     "B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10": 125e12, "RTX 5090": 209e12,
@@ -182,20 +183,20 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 # -----------------------------------------------------------------------------
-# The beginning and the end of a script
+# Entry point
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run main() and exit with its status; a problem that users can fix ends in one sentence."""
-    rank = int(os.environ.get("RANK", 0))  # of torchrun's processes the first one prints
+    """Run main() and exit with its status; report an error that users can fix in one sentence."""
+    rank = int(os.environ.get("RANK", 0))  # under torchrun, only rank 0 prints
     if sys.stdout is None or rank > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:  # closed, as by 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a text may have letters that a pipe has not
+        if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters of the text
             stream.reconfigure(errors="replace")
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's !python inherits one that needs its kernel
+    os.environ["MPLBACKEND"] = "agg"  # the one that !python inherits only works in a notebook
     status, message = 1, ""
     try:
         status = main() or 0
@@ -203,7 +204,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         status, message = (2 if isinstance(error, UsageError) else 1), str(error)
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # whoever read our output has read enough
+    except BrokenPipeError:  # stdout was closed, as by `| head`
         pass
     except OSError as error:
         message = f"{error.filename or 'cannot read or write a file'}: {error.strerror or error}"
@@ -212,17 +213,17 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         if not message:
             raise
     with contextlib.suppress(OSError):
-        if message and (rank == 0 or status == 1):  # a wrong flag is the same for all processes
+        if message and (rank == 0 or status == 1):  # a wrong flag is reported by rank 0 only
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # else the interpreter fails to flush it once more, and says so
+    except OSError:  # otherwise the interpreter flushes again at exit and prints the error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
 def explain(error: BaseException) -> str:
-    """Return what to do about an error of torch or numpy, or "" if that is not known."""
+    """Return advice on an error from torch or numpy, or "" for an unknown one."""
     kinds = (MemoryError, torch.OutOfMemoryError)
     if isinstance(error, kinds) or "can't allocate memory" in str(error):  # the latter on a CPU
         return (
@@ -231,5 +232,5 @@ def explain(error: BaseException) -> str:
         )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]).strip()
-        return f"torch.compile failed: {reason}; --compile=False trains without it"
+        return f"torch.compile failed: {reason}; --compile=False runs without it"
     return ""

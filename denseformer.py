@@ -14,13 +14,13 @@ blocks. They start as the identity, so an untrained DenseFormer is exactly the p
 with the same weights.
 
 Notable here:
-- DWA is a module of its own; three lines put it into any residual network
+- DWA is a separate module; three lines add it to any residual network
 - all DWAs of a model are one matrix, alpha; a sparsity pattern is a mask on that matrix
 - the plain Transformer is the same model with dwa="none"
 - the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
-- the in-place DWA, last in this file, moves a twelfth of the memory that the naive one moves
+- the in-place DWA, at the end of this file, has a twelfth of the naive one's memory traffic
 
-Comments use B for sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
+Shapes: B sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
 """
 
 import math
@@ -67,7 +67,7 @@ class DenseFormerConfig:
 
 
 def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
-    """Return, for each DWA i = 1..n_layer, the sorted j of the X_j that it reads.
+    """Return, for i = 1..n_layer, the sorted indices j of the X_j that DWA i reads.
 
     An empty row means no DWA after that block: Y_i = X_i. The patterns are
 
@@ -93,7 +93,7 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
         elif match := re.fullmatch(r"(\d+):(\d+(?:,\d+)*)", part):
             row = {(int(match[1]), int(j)) for j in match[2].split(",")}
             if not row <= set(causal):
-                raise ValueError(f"dwa {part!r}: i must be in 1..{n_layer} and every j in 0..i")
+                raise ValueError(f"dwa {part!r}: in i:j,j,j i is in 1..{n_layer}, every j in 0..i")
             reads |= row
         elif part != "none":
             raise ValueError(
@@ -104,7 +104,7 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
 
 
 def dwa_pattern(mask: Tensor) -> str:
-    """Return the pattern of a mask such as DWA.mask, row by row: 5:1,5+10:2,6,10."""
+    """Return the pattern string of a mask, (L, L + 1), row by row, as in 5:1,5+10:2,6,10."""
     rows = [",".join(str(j) for j, read in enumerate(row) if read) for row in mask.tolist()]
     return "+".join(f"{i}:{row}" for i, row in enumerate(rows, start=1) if row) or "none"
 
@@ -117,12 +117,12 @@ class DWA(nn.Module):
         x = depth.step(i, block(x))        for i = 1..n_layer: X_i -> Y_i
 
     `alpha` is the only parameter, (n_layer, n_layer + 1): row i-1 is the DWA after block i, column
-    j is X_j. Entries outside `mask` are ignored. Calling the module begins a pass, which holds the
-    X_j; alpha is read only then.
+    j is X_j. Entries outside `mask` are ignored. Calling the module reads alpha and returns a pass,
+    an object that holds the X_j of one forward pass.
 
     impl "naive" computes the formula directly. impl "inplace" computes the same with a fraction of
-    the memory traffic, but supports only one backward and no double backward. It falls back to
-    naive for sparse masks, where that is faster, and under torch.compile, torch.export and
+    the memory traffic, but supports only one backward pass and no double backward. It falls back
+    to naive for sparse masks, where naive is faster, and under torch.compile, torch.export and
     torch.func. Raises ValueError for an unknown pattern or impl.
     """
 
@@ -135,8 +135,8 @@ class DWA(nn.Module):
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
         self.read = set().union(*self.rows)  # the j of all X_j that some DWA reads
-        # Plain tensors on the CPU rather than buffers: they follow from the pattern, so they are
-        # not loaded, and a model built on the meta device has their values too.
+        # CPU tensors rather than buffers: they are derived from the pattern, so checkpoints do not
+        # hold them, and a model built on the meta device still has their values.
         self._mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
         self._start = torch.zeros(n_layer, n_layer + 1, device="cpu")  # alpha at initialization
         for i, row in enumerate(self.rows, start=1):
@@ -144,12 +144,12 @@ class DWA(nn.Module):
             self._start[i - 1, row[-1] if row else i] = 1
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         alpha = torch.empty(n_layer, n_layer + 1, dtype=dtype)
-        self.alpha = nn.Parameter(alpha, requires_grad=any(self.rows))  # else DDP would wait for it
+        self.alpha = nn.Parameter(alpha, requires_grad=any(self.rows))  # DDP waits for unused ones
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Make Y_i = X_i, or the newest X_j that DWA i reads if it does not read X_i."""
+        """Reset alpha so that Y_i is the newest X_j that DWA i reads: X_i, in most patterns."""
         self.alpha.copy_(self._start)
 
     @property
@@ -168,18 +168,18 @@ class DWA(nn.Module):
         return sum(map(len, self.rows))
 
     def sparsity(self) -> float:
-        """Return the fraction of pairs j < i that no DWA reads: 0 for 1x1, 1 for none."""
+        """Return the fraction of pairs (i, j), j < i, not in the mask: 0 for 1x1, 1 for none."""
         earlier = sum(j < i for i, row in enumerate(self.rows, start=1) for j in row)
         return 1 - earlier / (self.n_layer * (self.n_layer + 1) // 2)
 
     @torch.enable_grad()  # alpha learns even if the first blocks run under no_grad
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
-        # Prepend a zero row, so that row i is DWA i, and pad rows to a multiple of 8, which keeps
-        # them aligned for tensor cores.
+        # Prepend a zero row, so that row i is DWA i, and pad each row to a multiple of 8 entries,
+        # which keeps rows aligned for tensor cores.
         alpha = F.pad(self.weights(), (0, -(self.n_layer + 1) % 8, 1, 0))
-        # In-place traffic does not depend on the mask. With fewer than about 2.5 entries per block,
-        # naive traffic is less.
+        # In-place traffic does not depend on the mask. With fewer than about 2.5 mask entries per
+        # block, the naive pass moves less.
         dense = self.num_params() >= 2.5 * self.n_layer
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         traced = traced or torch._C._are_functorch_transforms_active()  # torch.func
@@ -189,7 +189,7 @@ class DWA(nn.Module):
 
 
 class NaivePass:
-    """Computes the formula directly and leaves the gradients to autograd."""
+    """Compute the formula directly and leave the gradients to autograd."""
 
     def __init__(self, alpha: Tensor, rows: list[list[int]], read: set[int], x: Tensor):
         self.alpha, self.rows, self.read = alpha.to(x.dtype), rows, read
@@ -215,7 +215,7 @@ class NaivePass:
 
 
 def remember(x: Tensor) -> tuple[Tensor, int | None]:
-    """Return x and its version, the number of in-place operations on it; a copy if none is kept."""
+    """Return x and its version counter, or a copy and None where torch keeps no version."""
     if torch.compiler.is_compiling() or x.is_inference():
         return x.clone(), None
     return x, x._version
@@ -227,7 +227,7 @@ def is_modified(x: Tensor, version: int | None) -> bool:
 
 def check_step(i: int, L: int, x: Tensor, shape: torch.Size):
     if not 1 <= i <= L:
-        raise RuntimeError(f"the steps of a DWA pass are i = 1..{L}, not {i}")
+        raise RuntimeError(f"DWA step {i} is out of range: the steps are 1..{L}")
     if x.shape != shape:
         raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, but X_0 has {tuple(shape)}")
 
@@ -240,8 +240,8 @@ def rotary_angles(start: int, T: int, head_size: int, x: Tensor) -> Tensor:
     """Return cos and sin of the rotary angles for positions start..start+T-1, on x's device.
 
     (2, T, head_size / 2), in float32 at least. Channel pair m of position t is rotated by
-    t * 10000^(-2m / head_size) (arXiv 2104.09864). Cheap enough to recompute in every forward pass,
-    so that no buffer has to be stored, moved or cast.
+    t * 10000^(-2m / head_size) (arXiv 2104.09864). Recomputing these in every forward pass is
+    cheap and saves a buffer that would have to be stored, moved and cast.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     m = torch.arange(head_size // 2, device=x.device, dtype=dtype)
@@ -258,9 +258,9 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
 
 class KVCache:
-    """The keys and values of all tokens so far, for generation token by token.
+    """The keys and values of the tokens so far, for token-by-token generation.
 
-    Holds up to block_size tokens of B sequences for every layer; `length` is the current number.
+    Holds up to block_size tokens of B sequences in each layer; `length` is the number of tokens.
     """
 
     def __init__(self, config: DenseFormerConfig, B: int, device: torch.device, dtype: torch.dtype):
@@ -289,8 +289,8 @@ class CausalSelfAttention(nn.Module):
             kv[0, :, :, past : past + T] = k
             kv[1, :, :, past : past + T] = v
             k, v = kv[:, :, :, : past + T]
-        # Without a past, is_causal is the mask, and a single new token attends to everything. Only
-        # several tokens after a past need an explicit mask.
+        # is_causal is enough without past tokens, and a single new token attends to everything.
+        # Only several new tokens after past ones need an explicit mask.
         mask = None
         if past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
@@ -334,8 +334,8 @@ class Block(nn.Module):
 class Loss(nn.Module):
     """Mean cross-entropy in nats, computed in float32 at least; targets of -1 are ignored.
 
-    A module, so that it can be compiled on its own: then the float32 logits are never materialized,
-    which with GPT-2's vocabulary saves three fifths of the loss's memory.
+    A module, so that it can be compiled separately. Then the float32 logits are never materialized,
+    which saves 60% of the memory of the loss with GPT-2's vocabulary.
     """
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -383,7 +383,7 @@ class DenseFormer(nn.Module):
         self.dwa.reset_parameters()
 
     def compile(self, **options):
-        """torch.compile(**options) each block, which all share one graph, and the loss.
+        """Compile the blocks, which share one graph, and the loss with torch.compile(**options).
 
         Everything else runs eagerly, so the compile time does not grow with depth.
         """
@@ -405,7 +405,7 @@ class DenseFormer(nn.Module):
         return 3 * (2 * self.num_params() + 2 * c.n_layer * c.block_size * c.n_embd)
 
     def activation_dtype(self) -> torch.dtype:
-        """Return the dtype of the residual stream: autocast's if it is enabled."""
+        """Return the dtype of the residual stream: autocast's if autocast is enabled."""
         device = self.wte.weight.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
@@ -422,8 +422,8 @@ class DenseFormer(nn.Module):
 
         With targets, the following token ids, (B, T): logits of (B, T, V) and the mean
         cross-entropy in nats; targets of -1 are ignored. Without: logits of the last position
-        only, (B, 1, V), and None. With a cache, which needs torch.no_grad, idx continues the
-        tokens in the cache. Raises ValueError for more tokens than block_size.
+        only, (B, 1, V), and None. With a cache, idx continues the tokens in it; this requires
+        torch.no_grad. Raises ValueError for more tokens than block_size.
         """
         T = idx.size(1)
         past = cache.length if cache else 0
@@ -454,18 +454,18 @@ class DenseFormer(nn.Module):
         """Continue token ids idx, (B, T); yield the next ids, (B, 1), max_new_tokens times.
 
         The other arguments are those of sample: temperature, top_k, top_p, generator. Raises
-        ValueError, when the first token is requested, for an empty idx, and as sample does.
+        ValueError, at the first token, for an empty idx or an argument that sample rejects.
         """
         if idx.dim() != 2 or not idx.numel():
-            raise ValueError(f"a prompt is (B, T) token ids, at least one; not {tuple(idx.shape)}")
+            raise ValueError(f"the prompt must be non-empty, (B, T), not {tuple(idx.shape)}")
         block_size, training, cache = self.config.block_size, self.training, None
         self.eval()  # no dropout
         try:
             for _ in range(max_new_tokens):
                 if cache is None or cache.length == block_size:
-                    # At the start, and for every token once the window slides: above the first
-                    # block, the cached keys and values depend on the token that drops out.
-                    # Positions restart at 0, since rotary attention depends only on differences.
+                    # Fill a new cache at the start, and for every token once the window slides:
+                    # above the first block, cached keys and values depend on the dropped token.
+                    # Positions restart at 0, since rotary attention uses only their differences.
                     idx = idx[:, -block_size:]
                     cache = KVCache(self.config, idx.size(0), idx.device, self.activation_dtype())
                 logits, _ = self(idx[:, cache.length :], cache=cache)
@@ -490,9 +490,9 @@ def sample(
     """Draw a token id for each row of logits, (B, V) -> (B, 1).
 
     The distribution is softmax(logits / temperature), restricted to the top_k most likely tokens
-    and to the smallest set with probability top_p, where these are given; temperature 0 takes the
-    most likely token. The draw is made on the CPU, with a generator of the CPU, so that a seed
-    gives the same random numbers on any device. Raises ValueError for a value out of range.
+    and to the smallest set with probability at least top_p, where given; temperature 0 takes the
+    most likely token. The draw uses a CPU generator, so that a seed gives the same random numbers
+    on any device. Raises ValueError for a value out of range.
     """
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be finite and at least 0, not {temperature}")
@@ -528,8 +528,8 @@ def sample(
 # 2. The backward of DWA is DWA in reverse. With G_m = dLoss/dY_m,
 #        dLoss/dX_j         = sum over m >= j of alpha[m, j] G_m
 #        dLoss/dalpha[m, j] = <G_m, X_j>
-#    The backward pass reaches step j knowing every G_m with m >= j, so it keeps the G and forms
-#    each dX_j once.
+#    When the backward pass reaches step j, every G_m with m >= j is known. So keep all G, and
+#    compute each dX_j once.
 #
 # 3. Tiles of b rows. On entering rows lo..lo+b-1, one matrix product computes the contribution of
 #    all older X to these rows, alpha[lo:lo+b, :lo] @ X[:lo], reading each X once instead of b
@@ -542,25 +542,25 @@ def sample(
 #            .    # # # # # # # # = =
 #
 #    The same in reverse for G, and dalpha is one product per tile. This reads L^2/(2b) + L b/2
-#    activations instead of L^2/2, fewest for b near sqrt(L).
+#    activations instead of L^2/2, which is smallest for b = sqrt(L).
 #
-# The X of a tile are dead once its dalpha is formed. So G_m is written b rows below X_m, over a
-# dead X of the next tile, and one buffer of L + 1 + b rows holds both.
+# The X of a tile are no longer needed once its dalpha is computed. So G_m is written to row m + b,
+# over an X of the next tile, and one buffer of L + 1 + b rows holds both X and G.
 #
 # Every product is an ordinary batched matmul in the dtype of the activations, which accumulates in
-# float32, as every Linear under autocast does. The batch is S slices of the tokens: they keep all
-# cores busy, and dalpha, a sum over all tokens and channels, is completed in float32.
+# float32, as every Linear under autocast does. The batch dimension is S slices of the tokens, which
+# keeps all cores busy; dalpha, a sum over tokens and channels, is summed over slices in float32.
 
 TILE = 8  # rows of a tile, b: near sqrt(L) for the paper's depths, and aligned for tensor cores
 
 
 class InPlacePass:
-    """The side that autograd sees: a chain of InPlaceSteps.
+    """The in-place DWA as autograd sees it: a chain of InPlaceSteps.
 
     Each step hands a dummy tensor, `order`, to the next, so autograd runs the backward steps from
     L down to 0. Step 0 receives alpha as its order, so it returns the gradient of alpha. The pass
-    holds the chain, which holds the buffer; the buffer does not hold the chain, or a reference
-    cycle would keep its memory.
+    holds the chain, which holds the buffer; the buffer must not hold the chain, because a reference
+    cycle would keep its memory alive.
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
@@ -571,8 +571,8 @@ class InPlacePass:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
         if not (torch.is_grad_enabled() or x.requires_grad):
             return self.buffer.forward(i, x)
-        with torch.enable_grad():  # if only X_i has gradients, a later Y may need that of X_i
-            if self.order is None:  # step 0, which inference leaves out
+        with torch.enable_grad():  # under no_grad too: a later Y may pass a gradient to X_i
+            if self.order is None:  # step 0, which inference does not need
                 _, self.order = InPlaceStep.apply(*self.start, self.buffer, 0)
             y, self.order = InPlaceStep.apply(x, self.order, self.buffer, i)
         return y if torch.is_grad_enabled() else y.detach()
@@ -601,20 +601,20 @@ class InPlaceBuffer:
         self.S = math.gcd(math.prod(x.shape[:-1]), 16)
         self.X = x.new_empty(self.S, self.L + 1 + self.b, x.numel() // self.S)
         self.X[:, 0] = x.detach().reshape(self.S, -1)
-        self.tile = self.X[:, :0]  # contributions of older X to the tile; of newer G, backward
+        self.tile = self.X[:, :0]  # what older X (in the backward pass, newer G) add to the tile
         self.alpha = alpha.detach().to(x.dtype)
         self.dalpha = torch.zeros_like(alpha) if alpha.requires_grad else None
-        self.next = 1  # the step that is due in the forward pass
-        self.task = -1  # the id of the backward pass that has begun
+        self.next = 1  # the next step of the forward pass
+        self.task = -1  # autograd's id of the backward pass, once it has begun
 
     def forward(self, i: int, x: Tensor) -> Tensor:
-        """X_i -> Y_i, for i = 1..L in order."""
+        """Take X_i, for i = 1..L in order; return Y_i."""
         check_step(i, self.L, x, self.shape)
         if i != self.next or self.task != -1:
             raise RuntimeError(
-                f"the steps of an in-place DWA pass come once each, in order, and not after its "
-                f"backward has begun: got step {i}, expected {self.next}. (Checkpointing may wrap "
-                f"blocks, and DWAs only with impl='naive' and use_reentrant=False.)"
+                f"an in-place DWA takes each step once, in order, and none after its backward pass "
+                f"has begun: got step {i}, expected {self.next}. (Checkpointing may wrap blocks; "
+                f"around DWAs it needs impl='naive' and use_reentrant=False.)"
             )
         alpha, X, lo = self.alpha, self.X, i - i % self.b
         X[:, i] = x.reshape(self.S, -1)
@@ -626,14 +626,14 @@ class InPlaceBuffer:
         return y.resize_(self.shape).to(x.dtype)  # not a view: the next block may modify it
 
     def backward(self, i: int, g: Tensor | None) -> Tensor:
-        """G_i = dLoss/dY_i, or None for 0 -> dLoss/dX_i, for falling i."""
+        """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
         task = torch._C._current_graph_task_id()
         if self.task == -1:
             self.task, self.last, self.end = task, i + 1, i + 1  # no later Y has a gradient
-        if self.task != task or torch.is_grad_enabled():  # the second: create_graph=True
+        if self.task != task or torch.is_grad_enabled():  # enabled only by create_graph=True
             raise RuntimeError(
-                "an in-place DWA supports one backward, which overwrites its buffer, and no double "
-                "backward; DWA(..., impl='naive') supports both"
+                "an in-place DWA supports one backward pass, which overwrites its buffer, and no "
+                "double backward; DWA(..., impl='naive') has neither limit"
             )
         if i + 1 < self.last:  # step i + 1 ran under no_grad, so its G is 0
             self.backward(i + 1, None)

@@ -1,4 +1,4 @@
-"""Pictures of a run: the alphas as a heat map of text, and matplotlib figures."""
+"""Figures of a run: the alphas as a text heat map, and matplotlib plots."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ LEVELS = (0.01, 0.03, 0.1, 0.3)  # the smallest |alpha| of each shade
 def text_heat_map(alpha: Tensor, mask: Tensor, max_rows: int | None = None) -> str:
     """Return alpha and mask, (L, L + 1), as text: one line per DWA and one character per alpha.
 
-    Shows max_rows evenly spaced rows of a deeper model. 72 blocks fit into 80 columns.
+    A model deeper than max_rows is shown by that many evenly spaced rows.
     """
     L = len(alpha)
     shown = np.linspace(1, L, min(L, max_rows or L)).round().astype(int).tolist()
@@ -24,14 +24,14 @@ def text_heat_map(alpha: Tensor, mask: Tensor, max_rows: int | None = None) -> s
             for a, shade in zip(alpha[i - 1].tolist(), shades.tolist(), strict=True)
         )
         lines.append(f"Y_{i:<3}|{''.join(cells)[: i + 1]}|")
-    key = "from 0.01, 0.03, 0.1, 0.3 on:  positive ░ ▒ ▓ █  negative . - = #"
+    key = "|alpha| at least 0.01, 0.03, 0.1, 0.3:  positive ░ ▒ ▓ █  negative . - = #"
     return "\n".join(["     X_0 ... X_i", *lines, key])
 
 
 def new_figure(*args, **kwargs):
     """Return a matplotlib figure and its axes. Raises ImportError without matplotlib.
 
-    Not of pyplot, which would choose a backend, also for the program that imports this one.
+    Avoids pyplot, which would choose a backend for a program that imports this module.
     """
     from matplotlib.figure import Figure
 
@@ -41,7 +41,7 @@ def new_figure(*args, **kwargs):
 
 
 def plot_losses(log: Path, picture: Path):
-    """Draw the losses in log.jsonl. Raises ImportError without matplotlib."""
+    """Plot the losses in log.jsonl. Raises ImportError without matplotlib."""
     figure, axes = new_figure(figsize=(7, 4))
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):

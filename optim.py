@@ -1,8 +1,8 @@
 """The optimizers: AdamW, and Muon for the matrices inside the blocks.
 
-Muon (Jordan et al., kellerjordan.github.io/posts/muon) takes a step of momentum, but replaces each
-update matrix by the nearest orthogonal one, so that all its directions are learned at equal speed.
-It is scaled to suit AdamW's learning rate and weight decay (arXiv 2502.16982).
+Muon (Jordan et al., kellerjordan.github.io/posts/muon) is SGD with momentum that replaces each
+update matrix by the nearest orthogonal one, so that all directions are learned at equal speed.
+The update is scaled so that AdamW's learning rate and weight decay suit it (arXiv 2502.16982).
 """
 
 from collections import defaultdict
@@ -23,8 +23,8 @@ def configure_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a model. optimizer is "adamw" or "muon".
 
-    Matrices and the embedding decay; norms, biases and alpha do not: the diagonal of alpha starts
-    at 1, as the skip connection through the depth. (The authors' experiments did decay it.)
+    Weight decay applies to matrices and the embedding, not to norms, biases or alpha: decay would
+    weaken the skip connection across depth, alpha's diagonal. (The authors did decay alpha.)
     A param group's `lr_scale` multiplies the learning rate: dwa_lr_scale for alpha, 1 for others.
     """
     alpha = model.dwa.alpha
@@ -76,17 +76,17 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov
-                scale = 0.2 * max(rows, columns) ** 0.5  # each entry changes by 0.2 lr, as in AdamW
+                scale = 0.2 * max(rows, columns) ** 0.5  # RMS change of 0.2 lr, as in AdamW
                 for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-group["lr"] * scale)
 
 
 def orthogonalize(G: Tensor) -> Tensor:
-    """Return about U V^T for each matrix G = U S V^T of a batch, (..., m, n).
+    """Return an approximation of U V^T for each matrix G = U S V^T of a batch, (..., m, n).
 
-    Five Newton-Schulz steps of the polynomial a s + b s^3 + c s^5, whose coefficients bring every
-    singular value s of G / |G| near 1, between about 0.7 and 1.2.
+    Five Newton-Schulz steps, each applying a s + b s^3 + c s^5 to the singular values s of G / |G|,
+    bring all but the smallest of them to between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.mT if G.size(-2) > G.size(-1) else G  # the smaller side first

@@ -19,13 +19,13 @@ from data.errors import DataError
 @dataclass
 class SampleConfig:
     out_dir: str = flag("out", "folder of the run")
-    checkpoint: str = flag("best", "best or last", choices=("best", "last"))
+    checkpoint: str = flag("best", "which checkpoint of the run", choices=("best", "last"))
     start: str | None = flag(None, "prompt, or FILE:path of a text file (default: none)")
     num_samples: int = flag(1, "number of samples", low=1)
-    max_new_tokens: int = flag(500, "length of a sample in tokens", low=1)
-    temperature: float = flag(0.8, "0 takes the most likely token, 1 samples as trained", low=0.0)
-    top_k: int | None = flag(None, "sample from this many most likely tokens only", low=1)
-    top_p: float | None = flag(None, "sample from the fewest tokens of this total probability")
+    max_new_tokens: int = flag(500, "tokens to generate per sample", low=1)
+    temperature: float = flag(0.8, "0: the most likely token; 1: the model's distribution", low=0.0)
+    top_k: int | None = flag(None, "sample only from this many most likely tokens", low=1)
+    top_p: float | None = flag(None, "sample from the fewest tokens that reach this probability")
     seed: int = flag(1337, "the same seed gives the same text", low=0)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 
@@ -55,14 +55,14 @@ def main(argv=None):
     device = find_device(config.device)
     out_dir = Path(config.out_dir)
     if not out_dir.is_dir():
-        raise CheckpointError(f"there is no folder {out_dir}: python train.py makes one")
+        raise CheckpointError(f"no run in {out_dir}: python train.py trains a model")
     model, tokenizer, _ = load_model(out_dir / f"{config.checkpoint}.pt", device)
     text, prompt = read_prompt(config.start, tokenizer)
     for n in range(config.num_samples):
         if config.num_samples > 1:
             print(f"{'' if n == 0 else chr(10)}--- sample {n + 1} ---")
         print(text, end="", flush=True)
-        # A seed of its own, so that a sample does not depend on the number of samples before it.
+        # Each sample has its own seed, so it does not depend on how many precede it.
         generator = torch.Generator().manual_seed(config.seed + n)
         tokens = model.stream(
             prompt.to(device), config.max_new_tokens,

@@ -1,7 +1,7 @@
 """The mathematics of denseformer.py: pytest test_denseformer.py
 
 The references are the paper's formula, finite differences, arithmetic, and a Transformer written
-separately in numpy, in float64. What other people's code may do with a DWA is in tests/test_dwa.py.
+separately in numpy, in float64. tests/test_dwa.py tests DWA in other people's code.
 """
 
 import math
@@ -19,7 +19,7 @@ PATTERNS = ["none", "1x1", "2x1", "4x1", "4x5", "3x2", "1x5", "12x1"]
 
 
 def tiny(dwa="1x1", n_layer=9, **flags):
-    """A small model in float64 with alphas far from the identity, as they are after training."""
+    """Return a small float64 model with alphas far from the identity, as after training."""
     torch.manual_seed(0)
     flags = {"vocab_size": 17, "block_size": 8, "n_head": 2, "n_embd": 8} | flags
     model = DenseFormer(DenseFormerConfig(n_layer=n_layer, dwa=dwa, **flags)).double()
@@ -29,14 +29,14 @@ def tiny(dwa="1x1", n_layer=9, **flags):
 
 @torch.no_grad()
 def randomise(dwa):
-    """Random alphas in the mask, such that activations keep their size over the depth, and nan
-    wherever alpha must never be read."""
+    """Set alpha to random values in the mask, small enough that activations keep their size over
+    depth, and to nan outside it, where alpha must never be read."""
     noise = torch.randn(dwa.alpha.shape, dtype=dwa.alpha.dtype)
     dwa.alpha.copy_((noise / (1 + dwa.n_layer**0.5)).masked_fill(~dwa.mask, math.nan))
 
 
 def terms(pattern, i):
-    """The j of the sum for Y_i, read off the paper's definition of k x p; none: Y_i = X_i."""
+    """Return the j of the sum for Y_i, by the paper's definition of k x p; [] for Y_i = X_i."""
     if pattern == "none":
         return []
     k, p = map(int, pattern.split("x"))
@@ -47,7 +47,7 @@ IDX = torch.randint(17, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
 def gradients(model):
-    """All gradients; zeros and none are the same. A masked alpha has none."""
+    """Return all gradients, with zeros for None."""
     return {
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
     }
@@ -76,7 +76,7 @@ class Formula:
 
 
 def all_outputs(depth, x, weights):
-    """Y_1..Y_L of a stack of blocks B_i(y) = tanh(w_i * y)."""
+    """Return Y_1..Y_L for a stack of blocks B_i(y) = tanh(w_i * y)."""
     Y = []
     for i, w in enumerate(weights, start=1):
         x = depth.step(i, torch.tanh(w * x))
@@ -97,7 +97,7 @@ def test_dwa_is_the_formula_of_the_paper(pattern, n_layer, impl, monkeypatch):
     alpha = dwa.alpha.detach().nan_to_num(0).requires_grad_()
     if impl == "naive":
         depth = denseformer.NaivePass(F.pad(dwa.weights(), (0, 0, 1, 0)), dwa.rows, dwa.read, x)
-    else:  # in place for every pattern, also where DWA would choose naive
+    else:  # in place for every pattern, even where DWA would choose naive
         monkeypatch.setattr(denseformer, "TILE", impl)
         depth = denseformer.InPlacePass(F.pad(dwa.weights(), (0, 0, 1, 0)), x)
     ours = all_outputs(depth, x, weights)
@@ -147,7 +147,7 @@ def test_mask_is_the_papers_definition(pattern, n_layer):
     assert dwa_rows(pattern, n_layer) == rows
     dwa = DWA(n_layer, pattern)
     assert [row.nonzero().flatten().tolist() for row in dwa.mask] == rows
-    # alpha is the whole map at first: the identity
+    # the map is the identity at initialization
     assert dwa.weights().equal(torch.eye(n_layer + 1)[1:])
     assert dwa_rows(dwa_pattern(dwa.mask), n_layer) == rows
 
@@ -188,8 +188,8 @@ def test_a_row_without_its_own_x_starts_with_the_newest_that_it_reads():
 
 @pytest.mark.parametrize(
     ("pattern", "percent"),
-    # Table 4 of the paper, and by definition. It gives 92% for 12x1, which is 1 - 1/(12 * 1);
-    # counted, as the others are, it is 94%.
+    # The paper's Table 4, and 1x1 and none by definition. For 12x1 the table has 92%, which is
+    # 1 - 1/(12 * 1); by counting, as for the others, it is 94%.
     [("last4", 84), ("connect-to-last", 96), ("4x5", 95), ("12x1", 94), ("1x1", 0), ("none", 100)],
 )
 def test_sparsity_is_the_papers(pattern, percent):
@@ -199,7 +199,7 @@ def test_sparsity_is_the_papers(pattern, percent):
 def test_number_of_parameters():
     for n_layer in (1, 2, 5, 48, 72):
         assert DWA(n_layer).num_params() == n_layer * (n_layer + 3) // 2  # paper, section 3
-    assert DWA(24, "4x1").num_params() == 90  # a row with its diagonal alone has one weight
+    assert DWA(24, "4x1").num_params() == 90  # a row with only its diagonal has one weight
 
     # The paper's models are too big to build here, but all blocks have the same size.
     def params(n_layer):
@@ -216,7 +216,7 @@ def test_number_of_parameters():
 
 
 def reference_logits(model, idx, pattern):
-    """All logits, from the weights of the model and the textbook's formulas, in numpy."""
+    """Return all logits, computed in numpy from the model's weights with textbook formulas."""
     c = model.config
     w = {name: p.detach().numpy() for name, p in model.state_dict().items()}
     n_head, hs = c.n_head, c.n_embd // c.n_head
@@ -410,7 +410,7 @@ def test_stream_is_generate():
     tokens = list(model.stream(idx, 6, **options, generator=torch.Generator().manual_seed(1)))
     whole = model.generate(idx, 6, **options, generator=torch.Generator().manual_seed(1))
     assert torch.equal(torch.cat((idx, *tokens), dim=1), whole)
-    assert model.training  # as it was, though without dropout in between
+    assert model.training  # restored after generating in evaluation mode
     assert model.generate(idx, 0).equal(idx)
 
 

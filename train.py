@@ -47,14 +47,14 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 # -----------------------------------------------------------------------------
 # Settings. The defaults suit a CPU; a preset changes some, and flags override both.
 
-DATASETS = """shakespeare, pydoc, openwebtext, or a path: a UTF-8 text, a folder of .txt files, or
- a folder with nanoGPT's train.bin and val.bin (default: shakespeare; pydoc if that is offline)"""
-TOKENIZERS = """char, byte or gpt2 (default: gpt2 for openwebtext; else char for a text of at most
- 256 different characters, byte for others)"""
+DATASETS = """shakespeare, pydoc, openwebtext, or a path: a UTF-8 text file, a folder of .txt files,
+ or a folder with nanoGPT's train.bin and val.bin (default: shakespeare, or pydoc if offline)"""
+TOKENIZERS = """tokenizer (default: gpt2 for openwebtext; otherwise char for text of at most 256
+ different characters, byte for other text)"""
 PATTERNS = """depth-weighted averages: dilation x period such as 4x5; last4, the last 4 outputs and
  the embedding; connect-to-last; single rows such as 8:0,4,8; several joined by +; or none"""
-INIT_FROM = """checkpoint whose weights to start from; the model has its shape, and the DWAs and
- the data are the same unless flags change them"""
+INIT_FROM = """start from the weights of this checkpoint, with the same model shape; dwa, block_size
+ and the data are also its own unless flags change them"""
 PRESET_NAMES = ("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -65,8 +65,8 @@ class TrainConfig:
     out_dir: str = flag("out", "folder for checkpoints, logs and the loss curve")
     dataset: str | None = flag(None, DATASETS)
     tokenizer: str | None = flag(None, TOKENIZERS, choices=("char", "byte", "gpt2"))
-    shards: int = flag(1, "how many of openwebtext's 80 shards, 113 million tokens each", low=1)
-    preset: str = flag("auto", "see below; auto is cpu or gpu", choices=PRESET_NAMES)
+    shards: int = flag(1, "shards of openwebtext to use, of 80; 113 million tokens each", low=1)
+    preset: str = flag("auto", "see below; auto picks cpu or gpu", choices=PRESET_NAMES)
     resume: bool = flag(False, "continue the run in out_dir")
     init_from: str | None = flag(None, INIT_FROM)
     overwrite: bool = flag(False, "replace the run in out_dir")
@@ -76,33 +76,33 @@ class TrainConfig:
     n_embd: int = flag(128, "channels", low=1)
     block_size: int = flag(128, "context length in tokens", low=1)
     dropout: float = flag(0.0, "dropout probability", low=0)
-    bias: bool = flag(False, "biases in linear layers and norms")
+    bias: bool = flag(False, "use biases in linear layers and norms")
     dwa: str = flag("1x1", PATTERNS)
-    dwa_impl: str = flag("inplace", "same result; inplace is fast", choices=("inplace", "naive"))
-    dwa_start_iter: int = flag(0, "train the alphas from this step on; freeze them before", low=0)
-    skip_gains: bool = flag(False, "a learned scale on each skip connection")
+    dwa_impl: str = flag("inplace", "same result; inplace is faster", choices=("inplace", "naive"))
+    dwa_start_iter: int = flag(0, "keep the alphas frozen until this step", low=0)
+    skip_gains: bool = flag(False, "learn a scale for each skip connection")
     # optimization
     max_iters: int = flag(1000, "training steps", low=1)
     batch_size: int = flag(12, "micro-batch size: sequences per forward pass", low=1)
-    gradient_accumulation_steps: int = flag(1, "micro-batches per step, on all GPUs", low=1)
-    optimizer: str = flag("muon", "muon is for the matrices in blocks", choices=("adamw", "muon"))
+    gradient_accumulation_steps: int = flag(1, "micro-batches per step, over all GPUs", low=1)
+    optimizer: str = flag("muon", "muon: for the blocks' matrices only", choices=("adamw", "muon"))
     learning_rate: float = flag(1.5e-2, "peak learning rate", low=0)
-    dwa_lr_scale: float = flag(1.0, "the alphas' learning rate, as a multiple of that", low=0)
+    dwa_lr_scale: float = flag(1.0, "multiplies the learning rate of the alphas", low=0)
     min_lr: float = flag(0.0, "learning rate at the end of its cosine decay", low=0)
     warmup_iters: int = flag(60, "steps of linear warm-up", low=0)
-    weight_decay: float = flag(0.3, "for matrices and the embedding", low=0)
+    weight_decay: float = flag(0.3, "applied to matrices and the embedding", low=0)
     beta1: float = flag(0.9, "AdamW's first beta", low=0, below=1)
     beta2: float = flag(0.95, "AdamW's second beta", low=0, below=1)
-    grad_clip: float = flag(1.0, "largest norm of the gradient, 0 for no limit", low=0)
+    grad_clip: float = flag(1.0, "clip the gradient to this norm; 0 disables clipping", low=0)
     # evaluation and logs
-    eval_interval: int = flag(250, "steps between evaluations, each with a checkpoint", low=1)
-    eval_iters: int = flag(200, "at most this many steps' worth of validation tokens", low=1)
+    eval_interval: int = flag(250, "steps between evaluations; each saves a checkpoint", low=1)
+    eval_iters: int = flag(200, "evaluate on at most this many steps' worth of tokens", low=1)
     log_interval: int = flag(20, "steps between log lines", low=1)
     # system
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
     dtype: str = flag("auto", "auto is bfloat16 where the hardware has it", choices=DTYPES)
-    compile: bool | None = flag(None, "torch.compile the model (default: with CUDA and Triton)")
-    seed: int = flag(1337, "for weights, batches and dropout", low=0)
+    compile: bool | None = flag(None, "use torch.compile (default: only with CUDA and Triton)")
+    seed: int = flag(1337, "random seed for weights, batches and dropout", low=0)
 
     GROUPS: ClassVar = {
         "out_dir": "input and output", "n_layer": "model", "max_iters": "optimization",
@@ -110,7 +110,7 @@ class TrainConfig:
     }  # fmt: skip
 
 
-# The paper's experiments: 400 sequences per step. min_lr is nanoGPT's tenth of the peak.
+# The paper's experiments: 400 sequences per step. As in nanoGPT, min_lr is a tenth of the peak.
 PAPER = {
     "dataset": "openwebtext", "shards": 40, "n_layer": 48, "n_head": 12, "n_embd": 768,
     "block_size": 256, "max_iters": 40_000, "batch_size": 50, "gradient_accumulation_steps": 8,
@@ -128,17 +128,17 @@ PRESETS = {
     },
     "paper-48": PAPER,
     "paper-72": PAPER | {"n_layer": 72},
-    # the same pipeline, in small
+    # the same pipeline at a small scale
     "paper-small": PAPER | {
         "shards": 1, "n_layer": 6, "n_head": 4, "n_embd": 256, "max_iters": 1000, "batch_size": 32,
         "gradient_accumulation_steps": 1, "warmup_iters": 50, "eval_interval": 250,
     },
 }  # fmt: skip
 
-# --resume keeps these, and the tokens per step: with others it would be another run.
+# --resume may not change these, nor the sequences per step.
 FIXED = ["n_layer", "n_head", "n_embd", "block_size", "bias", "skip_gains", "dwa", "preset", "seed"]
 FIXED += ["optimizer", "shards", "tokenizer", "dwa_start_iter", "init_from"]
-# --init_from takes these from the checkpoint.
+# --init_from takes these from the checkpoint; flags may change DATA, but not SHAPE.
 SHAPE = ["n_layer", "n_head", "n_embd", "bias", "skip_gains"]
 DATA = ["dataset", "tokenizer", "shards"]
 
@@ -151,14 +151,15 @@ def describe_presets():
         if any(name in preset for preset in presets):
             rows.append([name, *(str(preset.get(name, "")) for preset in presets)])
     lines = "\n".join(f"  {row[0]:29}" + "".join(f"{cell:13}" for cell in row[1:]) for row in rows)
-    return f"presets (cpu and empty cells are the defaults above):\n{lines}"
+    return f"presets (empty cells are the defaults above, as is all of cpu):\n{lines}"
 
 
 def load_config(argv):
-    """Return the settings, and the checkpoint to resume or None.
+    """Return the settings, and the checkpoint to resume from or None.
 
-    Defaults < preset < checkpoint, with --resume or --init_from < flags. Raises UserError if they
-    contradict each other, the checkpoint, or this machine.
+    Flags override the checkpoint (of --resume or --init_from), which overrides the preset, which
+    overrides the defaults. Raises UserError for settings that do not fit each other, the
+    checkpoint or this machine.
     """
     overrides = parse_flags(TrainConfig, argv, __doc__, describe_presets())
     out_dir = Path(overrides.get("out_dir", TrainConfig.out_dir))
@@ -204,20 +205,20 @@ def resume_config(overrides, out_dir):
     if config.batch_size * config.gradient_accumulation_steps != sequences:
         raise UsageError(
             f"--batch_size x --gradient_accumulation_steps must stay at {sequences} sequences per "
-            f"step, as the run in {out_dir} began"
+            f"step, as in the run in {out_dir}"
         )
     return config, checkpoint
 
 
 def check_kept(overrides, kept, owner):
-    """Raise UsageError for a flag that differs from the settings that the owner keeps."""
+    """Raise UsageError for a flag that would change a setting of `owner` that must be kept."""
     for name, value in kept.items():
         if overrides.get(name, value) != value:
-            raise UsageError(f"--{name} {overrides[name]}: {owner} has {value}")
+            raise UsageError(f"--{name} {overrides[name]} is not possible: {owner} has {value}")
 
 
 def check(config):
-    """Raise UsageError for settings that do not work together; flag() has the range of each."""
+    """Raise UsageError for settings that do not fit together; parse_flags checks each range."""
     if config.min_lr > config.learning_rate:
         raise UsageError(
             f"--min_lr {config.min_lr} (from a preset if you did not set it) is above "
@@ -230,7 +231,7 @@ def check(config):
         raise UsageError(f"--{error}") from None
     if config.dwa != "none" and not DWA(config.n_layer, config.dwa).num_params():
         raise UsageError(
-            f"--dwa {config.dwa} has no DWA in {config.n_layer} blocks: use more blocks, or "
+            f"--dwa {config.dwa} has no DWA in {config.n_layer} blocks: increase --n_layer, or use "
             f"--dwa none for the plain Transformer"
         )
     if config.gradient_accumulation_steps % WORLD_SIZE:
@@ -248,7 +249,7 @@ def model_settings(config):
 
 
 def resume_flags(out_dir):
-    """Return what has to follow the name of a script to make it use this run."""
+    """Return the --out_dir flag that makes a script use this run, or "" for the default."""
     return "" if str(out_dir) == TrainConfig.out_dir else f" --out_dir {shlex.quote(str(out_dir))}"
 
 
@@ -257,14 +258,14 @@ def resume_flags(out_dir):
 
 
 def say(text):
-    """Print above the progress bar. A reader that has gone, as after `| head`, ends nothing."""
+    """Print above the progress bar; ignore a closed stdout, as after `| head`."""
     with contextlib.suppress(OSError):
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def all_reduce(number, op=distributed.ReduceOp.SUM):
-    """Return the sum of the processes' numbers, or another reduction."""
+    """Return the sum, or another reduction, of a number over all processes."""
     if WORLD_SIZE == 1:
         return number
     result = torch.tensor(number, dtype=torch.float64)
@@ -275,8 +276,8 @@ def all_reduce(number, op=distributed.ReduceOp.SUM):
 class StopSignals:
     """From install() to restore(), SIGINT and SIGTERM only ask the loop to save and stop.
 
-    A second one ends the program at once, but not within seconds of the first: a scheduler signals
-    torchrun and its workers, and then torchrun signals the workers as well.
+    A second signal ends the program at once, but is ignored within 3 seconds of the first: a
+    scheduler may signal torchrun and its workers, and torchrun then signals the workers again.
     """
 
     def __init__(self):
@@ -299,15 +300,15 @@ class StopSignals:
             sys.exit(128 + number)
 
     def any(self):
-        """Return a signal that this or another process has received, or 0."""
+        """Return the number of a signal that any process has received, or 0."""
         return int(all_reduce(self.received, distributed.ReduceOp.MAX))
 
 
 def load_dataset(config):
     """Return the data set, and store its name and its tokenizer in the config."""
-    # Of several processes one downloads and tokenizes, and the others wait for its lock.
+    # One process downloads and tokenizes while the others wait for its lock.
     dataset = data.load(config.dataset, config.block_size, config.tokenizer, config.shards)
-    # For --resume: without a name the data depends on whether there is a network.
+    # --resume needs the name, since the default depends on whether the download works.
     config.dataset = config.dataset or dataset.name
     config.tokenizer = dataset.tokenizer.state()["kind"]
     if WORLD_SIZE > 1:
@@ -321,8 +322,8 @@ def load_dataset(config):
 def get_batch(dataset, config, step, micro_batch, device):
     """Return x and y, (B, T), of random windows: micro-batch 0, 1, 2... of a step.
 
-    They depend on seed, step and micro-batch alone, so a resumed run sees the same windows, and so
-    does one with another number of GPUs. 8 x 1 and 4 x 2 sequences per step are the same too.
+    They depend only on the seed, the step and the position in the step, so a run sees the same
+    windows after a resume, on any number of GPUs, and with 8 x 1 or 4 x 2 sequences per step.
     """
     B, T = config.batch_size, config.block_size
     rng = np.random.default_rng((config.seed, step))
@@ -335,8 +336,8 @@ def get_batch(dataset, config, step, micro_batch, device):
 def evaluate(model, tokens, config, device, autocast, signals):
     """Return the mean loss over a split, or None if a signal interrupts it.
 
-    Each token is predicted once. Of a split of more than eval_iters steps' worth of tokens, only
-    that many, in evenly spaced windows, always the same.
+    Each token is predicted once. A split longer than eval_iters steps' worth of tokens is sampled
+    with that many evenly spaced windows, always the same ones.
     """
     B, T = config.batch_size, config.block_size
     limit = config.eval_iters * B * config.gradient_accumulation_steps
@@ -371,12 +372,12 @@ def check_finite(loss, parameters, step, out_dir):
     if not (math.isfinite(loss) and all(p.isfinite().all() for p in parameters)):
         raise UserError(
             f"training has diverged at step {step}: a loss or a weight is not finite. "
-            f"{out_dir}/last.pt is from before; try a lower --learning_rate or more --warmup_iters"
+            f"{out_dir}/last.pt is still good; try a lower --learning_rate or more --warmup_iters"
         )
 
 
 def describe_run(model, dataset, config, device, dtype):
-    """Return what the run is going to do, in a few lines."""
+    """Return a description of the run, in a few lines."""
     alphas = model.dwa.num_params()
     name = f"DenseFormer {config.dwa}" if alphas else "Transformer"
     accumulation, B, T = config.gradient_accumulation_steps, config.batch_size, config.block_size
@@ -393,22 +394,22 @@ def describe_run(model, dataset, config, device, dtype):
 
 
 def show_run(model, tokenizer, config, device):
-    """Draw the losses, and print the learned alphas and a sample."""
+    """Plot the losses, and print the learned alphas and a sample."""
     out_dir, dwa, rule = Path(config.out_dir), model.dwa, "-" * 80
     try:
         plot_losses(out_dir / "log.jsonl", out_dir / "loss.png")
         say(f"loss curve: {out_dir}/loss.png")
     except ImportError:
-        say("for a loss curve: pip install matplotlib")
+        say("to plot the loss curve: pip install matplotlib")
     if dwa.num_params():
-        say("\nlearned alphas: each row is the average that the next block reads")
+        say("\nlearned alphas: row Y_i holds the weights of the average that block i + 1 reads")
         say(text_heat_map(dwa.alpha.detach().cpu(), dwa.mask.cpu(), max_rows=12))
     prompt = torch.tensor([tokenizer.start], device=device)
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.compiler.set_stance("force_eager"):  # else every length is compiled
+    with torch.compiler.set_stance("force_eager"):  # each new length would be compiled
         ids = model.generate(prompt, 300, temperature=0.8, generator=generator)
     text = tokenizer.decode(ids[0, prompt.size(1) :].tolist()).strip()
-    say(f"\na sample:\n{rule}\n{text}\n{rule}\nmore: python sample.py{resume_flags(out_dir)}")
+    say(f"\na sample:\n{rule}\n{text}\n{rule}\nfor more: python sample.py{resume_flags(out_dir)}")
 
 
 # -----------------------------------------------------------------------------
@@ -416,7 +417,7 @@ def show_run(model, tokenizer, config, device):
 
 
 def main(argv=None):
-    """Train with these flags, or those of the command line, and return the exit status."""
+    """Train with the flags in argv or on the command line; return the exit status."""
     # 1. Settings
     config, checkpoint = load_config(argv)
     device, out_dir = find_device(config.device), Path(config.out_dir)
@@ -426,7 +427,7 @@ def main(argv=None):
             backend = "cpu:gloo,cuda:nccl"
             device = find_device(f"cuda:{LOCAL_RANK}")
             torch.cuda.set_device(device)
-        # Days, because the others wait while one downloads.
+        # The timeout is long because the others wait while one process downloads.
         distributed.init_process_group(backend, timeout=timedelta(days=7))
     out_dir.mkdir(parents=True, exist_ok=True)
     lock, signals = FileLock(out_dir / ".lock"), StopSignals()
@@ -442,13 +443,13 @@ def main(argv=None):
         signals.restore()
         lock.release()
     if WORLD_SIZE > 1:
-        distributed.barrier()  # until rank 0 has saved
+        distributed.barrier()  # wait until rank 0 has saved
         distributed.destroy_process_group()
     return status
 
 
 def train(config, checkpoint, device, signals):
-    """Train from the beginning or from a checkpoint, and return the exit status."""
+    """Train, from the beginning or from a checkpoint; return the exit status."""
     out_dir = Path(config.out_dir)
 
     # 2. Data
@@ -477,7 +478,7 @@ def train(config, checkpoint, device, signals):
                 raise UserError(f"{dataset.name} is not the data that {out_dir} was trained on")
             model.load_state_dict(checkpoint.pop("model"))  # and free it
             for optimizer, state in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
-                # weight decay and betas are those of this run's flags
+                # keep weight decay and betas from the flags, not from the checkpoint
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict(state | {"param_groups": groups})
             if checkpoint["scaler"]:
@@ -515,7 +516,7 @@ def train(config, checkpoint, device, signals):
             alpha = [[round(a, 5) for a in row] for row in model.dwa.alpha.tolist()]
             log.write(step=step, alpha=alpha)
 
-        # evaluate and save, also if a signal asks to stop
+        # evaluate and save; if a signal asks to stop, only save
         if signals.any() or step % config.eval_interval == 0 or step == config.max_iters:
             val_loss = evaluate(model, dataset.val, config, device, autocast, signals)
             check_finite(val_loss or 0.0, model.parameters(), step, out_dir)
@@ -550,7 +551,7 @@ def train(config, checkpoint, device, signals):
         loss_sum = torch.zeros((), device=device)
         for micro_batch in micro_batches:
             x, y = get_batch(dataset, config, step, micro_batch, device)
-            if config.dropout:  # the same in a resumed run
+            if config.dropout:  # so that a resumed run draws the same masks
                 torch.manual_seed(hash((config.seed, step, micro_batch)))
             if WORLD_SIZE > 1:  # average the gradients once, after the last micro-batch
                 ddp_model.require_backward_grad_sync = micro_batch == micro_batches[-1]
@@ -566,7 +567,7 @@ def train(config, checkpoint, device, signals):
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         if step < config.dwa_start_iter:
-            model.dwa.alpha.grad = None  # not trained yet
+            model.dwa.alpha.grad = None  # still frozen
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for optimizer in optimizers:

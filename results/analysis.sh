@@ -2,11 +2,12 @@
 #
 #     sh results/analysis.sh FOLDER > results/analysis.txt
 #
-# FOLDER holds a train.txt and a val.txt. Trains a 1x1 model and a plain one as results/run.py does for
-# seed 1, prunes the first, and continues its training; uses out-1x1, out-plain and out-1x1-*.
+# FOLDER holds a train.txt and a val.txt. This script trains a 1x1 and a plain model as results/run.py
+# does for seed 1, then prunes the 1x1 model and trains it further. It overwrites out-1x1, out-plain
+# and out-1x1-*.
 set -e
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1  # two trainings at a time
+export OMP_NUM_THREADS=1  # two runs at a time
 
 model="--dataset $1 --tokenizer byte --n_layer 24 --n_head 2 --n_embd 48 --block_size 128
        --batch_size 8 --optimizer adamw --weight_decay 0.1 --dtype float32 --eval_iters 1000000

@@ -1,16 +1,17 @@
-"""Compare DenseFormers with the plain Transformer, as in the paper's tables but smaller.
+"""Compare DenseFormers with the plain Transformer, as the paper's tables do, with smaller models.
 
 python results/run.py --train=--max_iters=1000       Tiny Shakespeare, 24 blocks of 48 channels
 python results/run.py --name books --dataset FOLDER --train=--tokenizer=byte
-python results/run.py --name gpu --dataset FOLDER --jobs 1 --variants "plain,1x1,4x5,plain deeper" \
+python results/run.py --name gpu --dataset FOLDER --jobs 1 \\
+    --variants "plain,1x1,4x5,plain deeper" \\
     --train="--preset=gpu --n_layer=48 --n_embd=768 --n_head=12 --dtype=bfloat16 --compile=True"
 
-Trains every variant with train.py on several seeds, each with the learning rate that is best for it
-on the first seed. Models of equal depth and seed start from the same weights and see the same
-batches, so their losses are compared seed by seed. Losses are those of the whole validation split
-at the end of training.
+Each variant is trained with train.py on several seeds, at the learning rate that is best for it on
+the first seed. Models of equal depth and seed start from the same weights and see the same batches,
+so their losses are compared seed by seed. Losses are measured on the whole validation split at the
+end of training.
 
-Finished runs are kept in OUT_DIR/NAME, so the script can be stopped and started again. It writes
+Finished runs are kept in OUT_DIR/NAME, so the script can be stopped and restarted. It writes
 results/NAME.md, NAME.png, and NAME.json with the loss of every run.
 """
 
@@ -44,13 +45,13 @@ from denseformer import DWA, DenseFormer, DenseFormerConfig  # noqa: E402
 @dataclass
 class RunConfig:
     name: str = flag("shakespeare", "name of the files in results/")
-    dataset: str = flag("shakespeare", "as for train.py")
-    variants: str = flag("all", "names from the table, separated by commas")
-    seeds: str = flag("1,2,3,4", "separated by commas")
+    dataset: str = flag("shakespeare", "as in train.py")
+    variants: str = flag("all", "comma-separated names in VARIANTS, in this file")
+    seeds: str = flag("1,2,3,4", "comma-separated random seeds")
     sweep: str = flag("8e-3,1.6e-2", "learning rates to try for each variant, on the first seed")
-    jobs: int = flag(os.cpu_count() or 1, "runs at a time; they share the cores", low=1)
+    jobs: int = flag(os.cpu_count() or 1, "runs in parallel; they share the cores", low=1)
     out_dir: str = flag("out-results", "folder for the runs")
-    train: str = flag("", "more flags for train.py, as --name=value, in one pair of quotes")
+    train: str = flag("", 'extra flags for train.py: "--name=value --name=value"')
 
 
 # Flags of all runs. Warm-up is a tenth of the steps, and min_lr a tenth of the learning rate.
@@ -59,7 +60,7 @@ COMMON = {
     "max_iters": 2000, "optimizer": "adamw", "weight_decay": 0.1, "dtype": "float32",
 }  # fmt: skip
 
-# Flags that make a variant. "deeper" multiplies the depth; a pattern may depend on the depth L.
+# The flags of each variant. "deeper" multiplies the depth; a pattern may depend on the depth L.
 VARIANTS = {
     "plain": {"dwa": "none"},
     "skips with gains": {"dwa": "none", "skip_gains": True},
@@ -69,13 +70,13 @@ VARIANTS = {
     "last4": {"dwa": "last4"},
     "connect-to-last": {"dwa": "connect-to-last"},
     "X_0 and X_1": {"dwa": lambda L: "last1+" + "+".join(f"{i}:1" for i in range(1, L + 1))},
-    "pruned as 4x5": {},  # the largest alphas of a 1x1 run, as many as 4x5 has; see prune_like
+    "pruned as 4x5": {},  # the largest alphas of a 1x1 run, as sparse as 4x5; see prune_like
     "plain deeper": {"dwa": "none", "deeper": 1.5},
 }
 
 
 class Runs:
-    """Runs of train.py, each done once. done.json holds {flags: validation loss}."""
+    """The runs of train.py, each done only once. done.json holds {flags: validation loss}."""
 
     def __init__(self, config):
         self.config = config
@@ -114,7 +115,7 @@ class Runs:
         return min(losses, key=losses.get)
 
     def train(self, todo):
-        """Do the runs with these flags, `jobs` at a time; return their validation losses."""
+        """Train with each of these flags, `jobs` at a time; return the validation losses."""
         threads = str(max(1, os.cpu_count() // self.config.jobs))
 
         def run(flags):
@@ -168,7 +169,7 @@ def key(flags):
 
 
 def prune_like(runs, pattern, rate, seed):
-    """Return the pattern of the largest alphas of a short 1x1 run, as sparse as `pattern`."""
+    """Train a short 1x1 run; return the pattern of its largest alphas, as sparse as `pattern`."""
     flags = runs.flags(VARIANTS["1x1"], seed, rate, max_iters=runs.common["max_iters"] // 4)
     runs.train([flags])
     folder, L = runs.folder(flags), flags["n_layer"]
@@ -225,7 +226,7 @@ def main(argv=None):
     config = RunConfig(**parse_flags(RunConfig, argv, __doc__))
     names = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
     if unknown := set(names) - set(VARIANTS):
-        raise UsageError(f"--variants: {', '.join(unknown)} is none of {', '.join(VARIANTS)}")
+        raise UsageError(f"--variants: unknown {', '.join(unknown)}; have {', '.join(VARIANTS)}")
     seeds = [int(seed) for seed in config.seeds.split(",")]
     rates = [float(rate) for rate in config.sweep.split(",")]
     runs = Runs(config)
@@ -240,7 +241,7 @@ def main(argv=None):
             variants[name]["dwa"] = prune_like(runs, pattern, rate, seeds[0] + 1000)
     runs.train([runs.flags(v, seeds[0], rate) for v in variants.values() for rate in rates])
 
-    # Seeds, all variants of one seed before the next
+    # All variants of one seed, then the next seed
     best = {name: runs.best_rate(variant, seeds[0]) for name, variant in variants.items()}
     flags = {
         name: [runs.flags(variant, seed, best[name]) for seed in seeds]
@@ -257,12 +258,12 @@ def main(argv=None):
 
 
 def report(losses, models, tried, runs, argv):
-    """Write results/NAME.md, NAME.json and NAME.png, and print the first."""
+    """Write results/NAME.md, NAME.json and NAME.png, and print NAME.md."""
     words = [f'"{word}"' if " " in word else word for word in argv]
     text = [
         f"Made by `{' '.join(['python results/run.py', *words])}`",
         f"on {machine()}.\n",
-        "| model | blocks | parameters | alphas | sparsity | validation loss | minus plain's |",
+        "| model | blocks | parameters | alphas | sparsity | validation loss | minus plain |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, model in models.items():

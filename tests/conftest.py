@@ -11,8 +11,8 @@ import train
 from config import run_cli
 from tests.helpers import FAULTS, SMALL, flags, write_text
 
-# Models this small gain nothing from threads, which wait for each other on a busy machine. The
-# variable is for the scripts that run as processes.
+# Models this small gain nothing from threads, which wait for each other on a busy machine. Scripts
+# that run in their own process read the environment variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
@@ -24,7 +24,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quick_end(monkeypatch):
-    """Leave out the plot and the sample at the end of a run, which take longer than the run."""
+    """Skip the plot and the sample at the end of a run, which take longer than the run."""
     monkeypatch.setattr(train, "show_run", lambda *args: None)
 
 
@@ -35,7 +35,7 @@ def text(tmp_path):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with the text my.txt and the finished runs dense and plain. Do not change it."""
+    """A folder with my.txt and two finished runs, dense and plain. Do not change it."""
     folder = tmp_path_factory.mktemp("trained")
     same = SMALL | {"dataset": write_text(folder / "my.txt"), "dtype": "float32"}
     for name, dwa in (("dense", "1x1"), ("plain", "none")):
@@ -45,13 +45,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of the finished run, to damage or to resume."""
+    """A copy of the run dense, to damage or to resume."""
     return shutil.copytree(trained / "dense", tmp_path / "run")
 
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """signal_at(step, number) sends this process a signal during that step of the training."""
+    """signal_at(step, number) sends this process a signal during that training step."""
     get_lr = train.get_lr
 
     def arm(step, number):
@@ -81,6 +81,6 @@ def ends(monkeypatch, capsys):
 
 def pytest_terminal_summary(terminalreporter):
     if FAULTS:
-        terminalreporter.section("faults injected, and survived if the tests passed")
+        terminalreporter.section("faults injected (and survived, if the tests passed)")
         for kind, cases in FAULTS.items():
             terminalreporter.line(f"{cases:6,}  {kind}")

@@ -1,4 +1,4 @@
-"""How the tests run the scripts, and read what they left."""
+"""Helpers that run the scripts and read their output."""
 
 import json
 import subprocess
@@ -11,14 +11,14 @@ import numpy as np
 from checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent.parent
-SHARED = HERE.parent / "shared" / "data"  # real texts, if they are there
+SHARED = HERE.parent / "shared" / "data"  # real texts, where available
 
 SMALL = {
     "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "device": "cpu",
     "max_iters": 40, "eval_interval": 10, "log_interval": 5, "learning_rate": 3e-3,
 }  # fmt: skip
 
-FAULTS: Counter[str] = Counter()  # {kind: cases}; tests add to it what they inject
+FAULTS: Counter[str] = Counter()  # {kind: number of faults that the tests injected}
 
 
 def write_text(file):
@@ -33,7 +33,7 @@ def flags(**settings):
 
 
 def script(*args, **options):
-    """Run a script as a process of its own, from the folder of the tests' caller."""
+    """Run a script in its own process, in the current directory."""
     command = [sys.executable, str(HERE / args[0]), *args[1:]]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 

@@ -1,6 +1,6 @@
 """DWA in other people's code: pytest tests/test_dwa.py
 
-The references are the paper's formula and naive, which test_denseformer.py compares with it.
+The references are the paper's formula and the naive DWA, which test_denseformer.py verifies.
 """
 
 import copy
@@ -25,8 +25,8 @@ HOLES = "3:0,2+4:1+5:0,1,2,3+6:2,6+7:0,1,4,5,6+8:1,3,5,6,7+9:0,1,5,7"
 
 
 # -----------------------------------------------------------------------------
-# In place, used in every way that autograd allows. Each use trains a little network of 9 blocks
-# with a given DWA; the right gradients are those of naive.
+# The in-place DWA, used in every way that autograd allows. Each use runs a forward and backward
+# pass of a small network of 9 blocks; its gradients must equal those of the naive DWA.
 
 
 def network(dwa):
@@ -128,7 +128,7 @@ def use_any_layout(dwa, blocks, x):
 def use_blocks_in_place(dwa, blocks, x):
     depth, y = dwa(x), x
     for i, block in enumerate(blocks, start=1):
-        y = depth.step(i, y + block(y))  # Y_i is the caller's: to modify it does not touch X_i
+        y = depth.step(i, y + block(y))  # the caller may modify Y_i without changing X_i
         y = y.mul_(1.5) if dwa.impl == "inplace" else y * 1.5
     y.square().sum().backward()
 
@@ -190,7 +190,7 @@ def test_inference_is_training_without_gradients(mode):
 
 
 # -----------------------------------------------------------------------------
-# Wrong use is one RuntimeError with a sentence, never a wrong number
+# Misuse raises a RuntimeError that explains it, and never returns a wrong number
 
 
 def second_backward(dwa, blocks, x):
@@ -260,13 +260,13 @@ def test_wrong_use_is_a_runtime_error(wrong):
     with pytest.raises(RuntimeError, match=r"DWA|X_") as error:
         wrong(dwa, network(dwa), x)
     assert len(str(error.value)) > 40
-    if wrong in WRONG[:5]:  # the sentence's advice works
+    if wrong in WRONG[:5]:  # the advice in the message works: use naive
         dwa.impl = "naive"
         wrong(dwa, network(dwa), x)
 
 
 # -----------------------------------------------------------------------------
-# DWA in networks and tools that are not ours
+# DWA in other networks and with other tools
 
 
 class Convolutions(nn.Module):
@@ -446,7 +446,7 @@ def test_a_model_built_on_the_meta_device(to_empty):
     loaded.load_state_dict(model.state_dict(), assign=True)
     results = []
     for m in (model, loaded):
-        m(IDX, IDX)[1].backward()  # the embedding is still tied, or its gradient would be another
+        m(IDX, IDX)[1].backward()  # if the embedding were untied, its gradient would differ
         results.append(gradients(m))
     assert_same(*results, 0)
     assert loaded.dwa.mask.equal(model.dwa.mask)
@@ -524,13 +524,13 @@ def ddp_rank(rank, folder):
         ours = tiny(pattern)
         model = nn.parallel.DistributedDataParallel(ours)
         idx = torch.load(f"{folder}/idx.pt")[rank]
-        for _ in range(2):  # the second time in the buckets that DDP built anew
+        for _ in range(2):  # DDP rebuilds its buckets after the first iteration
             ours.zero_grad()
             model(idx, idx)[1].backward()
         torch.save(gradients(ours), f"{folder}/{pattern}-{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads, in torch 2.13, may abort an interpreter that ends by itself
+    os._exit(0)  # in torch 2.13, gloo's threads can abort the interpreter at exit
 
 
 def test_distributed_data_parallel(tmp_path):
@@ -556,14 +556,14 @@ def test_the_buffer_is_freed(monkeypatch):
         init(self, *args)
 
     monkeypatch.setattr(denseformer.InPlaceBuffer, "__init__", new)
-    gc.disable()  # nothing may wait for the collector
+    gc.disable()  # memory must be freed without the garbage collector
     try:
         model = tiny()
         logits, loss = model(IDX, IDX)
         loss.backward(retain_graph=True)
         assert not hasattr(buffers[0](), "X")  # at the end of the backward pass
         del logits, loss
-        model(IDX, IDX)  # never goes backward
+        model(IDX, IDX)  # without a backward pass
         model.blocks[5].mlp.forward = lambda x: 1 / 0
         with pytest.raises(ZeroDivisionError):
             model(IDX, IDX)
@@ -593,7 +593,7 @@ def test_memory_is_one_buffer_and_one_tile(monkeypatch):
 
 
 def test_traffic_and_launches():
-    # Bytes of the activations' own dtype: a hidden float32 copy would show.
+    # In units of bfloat16 activations, so that a hidden float32 copy would show up.
     (forward, backward), launches = count_traffic(DWA(48), torch.bfloat16)
     assert forward + backward <= 1500
     assert max(launches) <= 9 * 48
@@ -601,7 +601,7 @@ def test_traffic_and_launches():
 
 @pytest.mark.parametrize("impl", ["inplace", "naive"])
 def test_bfloat16_is_within_a_percent_of_float64(impl):
-    """At 48 blocks with alphas like trained ones: near the identity, with many small entries."""
+    """Use 48 blocks and alphas like trained ones: near the identity, with many small entries."""
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Faults injected into the scripts: nothing may be lost, or silently wrong.
+"""Fault injection: nothing may be lost or silently wrong.
 
 pytest tests/test_faults.py              some of each kind
 pytest tests/test_faults.py -m ""        all of them; a table at the end says how many
@@ -39,12 +39,12 @@ slow = pytest.mark.slow
 
 
 def is_sentence(words):
-    """Return whether this is one line of some length that is not a traceback."""
+    """Return whether this is a single line, longer than 20 characters and not a traceback."""
     return words.count("\n") == 1 and "Traceback" not in words and len(words) > 20
 
 
 # -----------------------------------------------------------------------------
-# Killed, signalled, unheard
+# Kills, signals, closed outputs
 
 
 class Process:
@@ -73,7 +73,7 @@ class Process:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=slow)])
 def test_kill_at_random_moments(text, tmp_path, kills):
-    # Half of the time of such a run goes into checkpoints.
+    # Such a run spends half its time on checkpoints, so many kills interrupt one.
     same = SMALL | {"max_iters": 200, "eval_interval": 2, "eval_iters": 1, "log_interval": 1}
     same, rng = flags(**same, dataset=text), random.Random(kills)
     whole, out, log = (tmp_path / name for name in ("whole", "out", "log"))
@@ -83,7 +83,7 @@ def test_kill_at_random_moments(text, tmp_path, kills):
             shutil.rmtree(out)
         begun = (out / "last.pt").exists()
         run = Process(log, *(["--resume"] if begun else same), f"--out_dir={out}")
-        if n % 5 < 4:  # else it may be killed before the first step
+        if n % 5 < 4:  # every fifth kill may come before the first step
             run.wait_for("val loss")
         time.sleep(rng.random() * 0.5)
         run.end(signal.SIGKILL)
@@ -130,12 +130,12 @@ def test_training_survives_an_output_that_is_gone(text, tmp_path, terminal):
         assert b"step/s" in os.read(keyboard, 10**6)  # the progress bar
     os.close(keyboard)
     time.sleep(0.5)
-    assert run.poll() is None  # it continues to train
+    assert run.poll() is None  # still training
     run.send_signal(signal.SIGINT)
     error = b"" if terminal else run.stderr.read()
     assert (run.wait(300), error) == (128 + signal.SIGINT, b"")
     assert load_checkpoint(out / "last.pt")["step"] > 3
-    FAULTS["an output that is gone"] += 1
+    FAULTS["closed pipe or terminal"] += 1
 
 
 def test_a_second_signal_some_seconds_later_ends_at_once(monkeypatch):
@@ -167,7 +167,7 @@ def test_an_output_that_cannot_encode_the_text(tmp_path, encoding):
     assert "cannot plot" not in run.stdout
     run = script("sample.py", f"--out_dir={out}", env=environment, encoding=encoding)
     assert (run.returncode, run.stderr) == (0, "")
-    FAULTS["stdout without the letters of the text"] += 2
+    FAULTS["stdout that cannot encode the text"] += 2
     command = f"{sys.executable} {HERE}/sample.py --out_dir={out} --max_new_tokens=2 >&- 2>&-"
     assert subprocess.run(command, shell=True, env=environment).returncode == 0
     FAULTS["stdout and stderr closed"] += 1
@@ -223,7 +223,7 @@ def test_a_folder_is_for_one_run_at_a_time(text, tmp_path, ends):
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_a_full_disk_keeps_the_checkpoint_before(run, ends, share):
     before, old = (run / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    (run / "log.jsonl").write_text("")  # it would not fit either
+    (run / "log.jsonl").write_text("")  # the old log would not fit either
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), old[1]))
     try:
         status, words = ends(train, "--resume", f"--out_dir={run}", "--max_iters=41")
@@ -231,7 +231,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(run, ends, share):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert status == 1
     assert is_sentence(words)
-    assert "enforce" not in words  # a line of torch's C++
+    assert "enforce" not in words  # torch's C++ error
     assert (run / "last.pt").read_bytes() == before
     assert not list(run.glob(".*.part"))
     FAULTS["disk full"] += 1
@@ -249,7 +249,7 @@ def test_a_save_that_fails_keeps_the_checkpoint_before(tmp_path):
 
 @pytest.mark.parametrize("flips", [50, pytest.param(1000, marks=slow)])
 def test_a_damaged_checkpoint_is_refused(run, flips):
-    """Cut short, or with a byte changed in what it stores (not in the dates of the archive)."""
+    """Truncate it, or change a byte of its contents (not of the archive's timestamps)."""
     path, rng = run / "best.pt", random.Random(0)
     whole, places = path.read_bytes(), []
     with zipfile.ZipFile(path) as archive:
@@ -277,7 +277,7 @@ class Bomb:
 
 
 def foreign_files(good, boom):
-    """Return {description: function that writes such a file} for files that are not ours."""
+    """Return {description: function that writes such a file} for invalid checkpoints."""
 
     def changed(**keys):
         content = {k: v for k, v in {**good, **keys}.items() if v is not ...}
@@ -321,7 +321,7 @@ def test_foreign_checkpoints_are_a_sentence_and_run_nothing(run, tmp_path, ends)
     for what, write in foreign_files(good, boom).items():
         for how, call in calls.items():
             if how == "resume" and ("settings" in what or "tokenizer" in what):
-                continue  # a resumed run makes these from its flags and its data
+                continue  # a resumed run takes these from its flags and its data
             last.unlink(missing_ok=True)
             write(last)
             status, words = ends(*call)
@@ -411,7 +411,7 @@ def test_files_that_are_not_as_they_should_be(text, run, tmp_path, ends):
         assert status == 1, (args, words)
         assert is_sentence(words.splitlines(keepends=True)[-1]), (args, words)
         assert says in words, (args, words)
-        FAULTS["file missing, empty, a folder, binary, or in a place without files"] += 1
+        FAULTS["file missing, empty, binary, a folder, or not writable"] += 1
 
 
 # -----------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_wrong_command_lines(ends, tmp_path, monkeypatch):
         assert is_sentence(words), (script_, args, words)
         assert says in words, (script_, args, words)
         FAULTS["wrong command line"] += 1
-    assert os.listdir(tmp_path) == []  # nothing was begun
+    assert os.listdir(tmp_path) == []  # nothing was written
 
 
 # -----------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_muon_is_its_formula(shape):
     muon, w, m = Muon([p, other], 0.02, weight_decay=0.3), p.detach().clone(), torch.zeros(shape)
     for _ in range(3):
         g = torch.randn(shape).double()
-        p.grad = g.clone()  # the other one has no gradient, so it stays
+        p.grad = g.clone()  # the other has no gradient, so it is skipped
         muon.step()
         m = 0.95 * m + 0.05 * g
         update = 0.2 * max(shape) ** 0.5 * orthogonalize(0.05 * g + 0.95 * m)
@@ -47,7 +47,7 @@ def test_muon_is_its_formula(shape):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_trained_once_and_the_matrices_decay(optimizer):
     model = tiny(bias=True, skip_gains=True)
-    model.wpe = torch.nn.Embedding(8, 4)  # and those that somebody adds to the model
+    model.wpe = torch.nn.Embedding(8, 4)  # a parameter that a user added is trained too
     optimizers = configure_optimizers(model, optimizer, 1e-3, weight_decay=0.1)
     groups = [group for each in optimizers for group in each.param_groups]
     ids = [id(p) for group in groups for p in group["params"]]

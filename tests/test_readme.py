@@ -23,7 +23,7 @@ def blocks(language):
 
 
 def shorten(script, args):
-    """Return the arguments with others after them, which make the command short."""
+    """Return the arguments, followed by others that shorten the run."""
     if script == "bench.py":
         return [*args, "--n_layer=3", "--n_embd=64", "--block_size=64", "--rounds=1"]
     if script == "sample.py":
@@ -74,7 +74,7 @@ def test_the_three_lines_make_a_denseformer():
     plain = x
     for block in network.blocks:
         plain = block(plain)
-    torch.testing.assert_close(network(x), plain)  # at the start it is the same network
+    torch.testing.assert_close(network(x), plain)  # initially the same network
     network(x).sum().backward()
     assert (network.dwa.alpha.grad != 0).equal(network.dwa.mask)
     namespace = {"idx": torch.zeros(1, 3, dtype=torch.long), "targets": torch.ones(1, 3).long()}

@@ -88,7 +88,7 @@ def test_two_micro_batches_or_two_processes_are_one(text, tmp_path):
     run = torchrun(2, *flags(**same | split | {"max_iters": 20}, out_dir=ranks))
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("a sample:") == 1
-    # Begun by two processes, continued by one, with the other split of the same 8 sequences.
+    # Begin with two processes and continue with one, which takes the 8 sequences at once.
     resumed = ["--resume", f"--out_dir={ranks}", "--max_iters=40", "--min_lr=0"]
     same_lr = log(one)[4]["lr"]
     assert same_lr == log(two)[4]["lr"]
@@ -157,7 +157,7 @@ def test_resumed_is_uninterrupted(text, tmp_path, signal_at, capsys):
         assert "python train.py --resume --out_dir" in capsys.readouterr().out
         assert load_checkpoint(parts / "last.pt")["step"] == step + 1
         again = ["--resume"]
-    # What a crash wrote beyond the last checkpoint is dropped, also lines that make no sense.
+    # Resuming drops what was logged after the last checkpoint, and malformed lines.
     with (parts / "log.jsonl").open("a") as file:
         file.write('{"step": 35, "loss": 9.9}\n3\n{"loss": 1}\n{"step": 39')
     assert train.main(["--resume", f"--out_dir={parts}"]) == 0
@@ -302,13 +302,13 @@ def test_a_compiler_that_fails_ends_the_run_with_a_hint(text, tmp_path, monkeypa
 def test_init_from_keeps_what_was_learned(trained, tmp_path, ends):
     begin = {"batch_size": 4, "device": "cpu", "dtype": "float32", "max_iters": 10}
     begin |= {"optimizer": "adamw", "learning_rate": 1e-2, "init_from": trained / "plain/last.pt"}
-    # Shape and data are the checkpoint's; a DenseFormer starts as the plain model it is made of.
+    # Shape and data come from the checkpoint; the DenseFormer starts as the same plain model.
     dense = tmp_path / "dense"
     assert train.main(flags(**begin, out_dir=dense, dwa="1x1")) == 0
     assert losses(dense)[0][2] == losses(trained / "plain")[-1][2]
     alpha = weights(dense)["dwa.alpha"]
     assert (alpha != 0).equal(DWA(3, "1x1").mask)
-    # Another pattern keeps the alphas that it has.
+    # With another pattern, the alphas that it has in common are kept.
     sparse, begin = tmp_path / "sparse", begin | {"init_from": dense / "last.pt"}
     still = begin | {"max_iters": 1, "learning_rate": 0.0, "min_lr": 0}
     assert train.main(flags(**still, out_dir=sparse, dwa="3x1")) == 0
@@ -334,7 +334,7 @@ def test_dwa_start_iter(trained, tmp_path, signal_at):
     assert [e["step"] for e in snapshots] == [20, 40]
     assert torch.tensor(snapshots[0]["alpha"]).equal(DWA(3).alpha)
     assert torch.tensor(snapshots[1]["alpha"]).allclose(weights(late)["dwa.alpha"], atol=1e-5)
-    # Stopped before the alphas start and resumed, it is the same.
+    # A run that is stopped before the alphas start, and resumed, ends with the same weights.
     signal_at(10, signal.SIGTERM)
     assert train.main(flags(**same, out_dir=cut)) == 128 + signal.SIGTERM
     assert train.main(["--resume", f"--out_dir={cut}"]) == 0
@@ -373,7 +373,7 @@ def test_what_analyze_measures(trained):
     assert none == pytest.approx(run.perplexity())
     assert half != none
     assert run.model.dwa.alpha.equal(alpha)
-    # The cosines again, with the formula.
+    # Recompute the cosines with the formula.
     ids = torch.tensor(run.val.astype(np.int64))
     ids, model, cosines = ids[: (len(ids) - 1) // 16 * 16].view(-1, 16), run.model, run.cosines()
     with torch.no_grad():
@@ -407,7 +407,7 @@ def test_analyze(trained, run, tmp_path, capsys, monkeypatch, ends):
     assert not kept[~DWA(3, pattern).mask & DWA(3, pattern).mask.any(1, keepdim=True)].any()
     for wrong in ("--prune=1", f"--plain={run}"):
         assert ends(analyze, *flags(out_dir=run, device="cpu"), wrong)[0] == 2
-    # Without matplotlib the tables remain.
+    # Without matplotlib, the tables are still printed.
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     analyze.main(flags(out_dir=run, device="cpu"))
     shown = capsys.readouterr().out
@@ -457,7 +457,7 @@ def test_the_comparison_runs_whole_and_resumes(text, tmp_path, monkeypatch):
 
     calls = []
 
-    def run_script(name, *args, **environment):  # without the seconds that a process takes
+    def run_script(name, *args, **environment):  # in this process, which saves start-up time
         calls.append(name)
         mains[name](args)
 
