@@ -125,18 +125,14 @@ class Run:
         return {step: a for step, a in found.items() if step <= self.checkpoint["step"]}
 
 
-def kept(alpha, mask, fraction):
-    """Return the mask without that fraction of its entries, those with the smallest alphas."""
-    size = alpha.abs().masked_fill(~mask, -1).flatten()
-    kept = torch.zeros_like(size, dtype=torch.bool)
-    kept[size.argsort(descending=True)[: round((1 - fraction) * mask.sum().item())]] = True
-    return kept.view_as(mask)
-
-
 @torch.no_grad()
 def prune(dwa, fraction):
-    """Return the DWA without that fraction of the alphas; an emptied row has no DWA."""
-    mask = kept(dwa.alpha, dwa.mask, fraction)
+    """Return the DWA without the smallest alphas, that fraction; an emptied row has no DWA."""
+    number = round((1 - fraction) * dwa.num_params())
+    size = dwa.alpha.abs().masked_fill(~dwa.mask, -1).flatten()
+    mask = torch.zeros_like(size, dtype=torch.bool)
+    mask[size.argsort(descending=True)[:number]] = True
+    mask = mask.view_as(dwa.alpha)
     pruned = DWA(dwa.n_layer, dwa_pattern(mask), dwa.impl).to(dwa.alpha)
     pruned.alpha.copy_(dwa.alpha)
     pruned.alpha.copy_(pruned.weights())

@@ -340,7 +340,8 @@ def machine(device):
 
 
 def main(argv=None):
-    epilog = f"On a GPU the defaults are the paper's model:\n{GPU}"
+    gpu = " ".join(f"--{name}={value}" for name, value in GPU.items())
+    epilog = f"On a GPU the defaults are the paper's model: {gpu}"
     overrides = parse_flags(BenchConfig, argv, __doc__, epilog)
     try:
         device = find_device(overrides.get("device", BenchConfig.device))

@@ -60,7 +60,7 @@ def parse_flags(
     """
     parser = Parser(
         description=description, epilog=epilog, allow_abbrev=False,
-        usage="python %(prog)s [--flag value] [--flag=value] ...",
+        usage=f"python {sys.argv[0]} [--flag value] [--flag=value] ...",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=38, width=100
         ),

@@ -175,17 +175,21 @@ class DWA(nn.Module):
     @torch.enable_grad()  # alpha learns even if the first blocks run under no_grad
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
-        # Prepend a zero row, so that row i is DWA i, and pad each row to a multiple of 8 entries,
-        # which keeps rows aligned for tensor cores.
+        # A zero row first, so that row i is DWA i. Padding each row to a multiple of 8 entries keeps
+        # rows aligned for tensor cores.
         alpha = F.pad(self.weights(), (0, -(self.n_layer + 1) % 8, 1, 0))
+        if self.use_inplace(x):
+            return InPlacePass(alpha, x)
+        return NaivePass(alpha, self.rows, self.read, x)
+
+    def use_inplace(self, x: Tensor) -> bool:
         # In-place traffic does not depend on the mask. With fewer than about 2.5 mask entries per
         # block, the naive pass moves less.
         dense = self.num_params() >= 2.5 * self.n_layer
+        # Tracers cannot follow writes to the buffer: torch.compile and export, jit, torch.func.
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        traced = traced or torch._C._are_functorch_transforms_active()  # torch.func
-        if self.impl == "inplace" and dense and x.is_floating_point() and not traced:
-            return InPlacePass(alpha, x)
-        return NaivePass(alpha, self.rows, self.read, x)
+        traced = traced or torch._C._are_functorch_transforms_active()
+        return self.impl == "inplace" and dense and x.is_floating_point() and not traced
 
 
 class NaivePass:
@@ -558,9 +562,13 @@ class InPlacePass:
     """The in-place DWA as autograd sees it: a chain of InPlaceSteps.
 
     Each step hands a dummy tensor, `order`, to the next, so autograd runs the backward steps from
-    L down to 0. Step 0 receives alpha as its order, so it returns the gradient of alpha. The pass
-    holds the chain, which holds the buffer; the buffer must not hold the chain, because a reference
-    cycle would keep its memory alive.
+    L down to 0:
+
+        alpha -> step 0 -> order -> step 1 -> order -> ... -> order -> step L
+
+    Step 0 receives alpha as its order, so it returns the gradient of alpha. The pass holds the
+    chain, which holds the buffer; the buffer must not hold the chain, because a reference cycle
+    would keep its memory alive.
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
@@ -594,7 +602,12 @@ class InPlaceStep(torch.autograd.Function):
 
 
 class InPlaceBuffer:
-    """The computation and its memory: X in the forward pass, X and G in the backward pass."""
+    """The computation and its memory, with the N elements of an activation in S slices.
+
+    X      (S, L + 1 + b, N / S): row i is X_i, and in the backward pass row i + b is G_i
+    tile   (S, rows, N / S): for each row of the current tile, the sum over all other tiles
+    alpha  (L + 1, columns): row i is DWA i
+    """
 
     def __init__(self, alpha: Tensor, x: Tensor):
         self.L, self.b, self.shape = len(alpha) - 1, TILE, x.shape

@@ -23,12 +23,12 @@ def tiny(dwa="1x1", n_layer=9, **flags):
     torch.manual_seed(0)
     flags = {"vocab_size": 17, "block_size": 8, "n_head": 2, "n_embd": 8} | flags
     model = DenseFormer(DenseFormerConfig(n_layer=n_layer, dwa=dwa, **flags)).double()
-    randomise(model.dwa)
+    randomize(model.dwa)
     return model
 
 
 @torch.no_grad()
-def randomise(dwa):
+def randomize(dwa):
     """Set alpha to random values in the mask, small enough that activations keep their size over
     depth, and to nan outside it, where alpha must never be read."""
     noise = torch.randn(dwa.alpha.shape, dtype=dwa.alpha.dtype)
@@ -91,7 +91,7 @@ def all_outputs(depth, x, weights):
 def test_dwa_is_the_formula_of_the_paper(pattern, n_layer, impl, monkeypatch):
     torch.manual_seed(0)
     dwa = DWA(n_layer, pattern).double()
-    randomise(dwa)
+    randomize(dwa)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(n_layer, 4, dtype=torch.float64, requires_grad=True)
     alpha = dwa.alpha.detach().nan_to_num(0).requires_grad_()
@@ -114,7 +114,7 @@ def test_dwa_is_the_formula_of_the_paper(pattern, n_layer, impl, monkeypatch):
 def test_gradients_are_finite_differences(impl):
     torch.manual_seed(0)
     dwa = DWA(4, "1x1", impl).double()
-    randomise(dwa)
+    randomize(dwa)
     x = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     seed = torch.randn(4, 1, 2, 2, dtype=torch.float64)
@@ -286,7 +286,7 @@ def test_model_is_the_reference(pattern, bias):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_at_initialisation_it_is_the_plain_transformer(pattern):
+def test_at_initialization_it_is_the_plain_transformer(pattern):
     config = {"vocab_size": 17, "block_size": 8, "n_head": 2, "n_embd": 8, "n_layer": 5}
     model = DenseFormer(DenseFormerConfig(**config, dwa=pattern))
     plain = DenseFormer(DenseFormerConfig(**config, dwa="none"))
@@ -296,7 +296,7 @@ def test_at_initialisation_it_is_the_plain_transformer(pattern):
     assert torch.equal(model(idx, idx)[0], plain(idx, idx)[0])
 
 
-def test_initialisation_is_gpt2s():
+def test_initialization_is_gpt2s():
     torch.manual_seed(0)
     model = DenseFormer(DenseFormerConfig(vocab_size=512, n_layer=8, n_head=4, n_embd=256))
     for name, p in model.named_parameters():
@@ -345,7 +345,7 @@ def test_targets_of_minus_one_do_not_count():
         ({"dwa_impl": "magic"}, "dwa_impl"),
     ],
 )
-def test_a_config_that_is_no_model_is_refused(flags, names):
+def test_invalid_config_is_rejected(flags, names):
     with pytest.raises(ValueError, match=names):
         DenseFormerConfig(**flags)
 
@@ -440,7 +440,7 @@ def test_draw():
     [({"temperature": -1}, "temperature"), ({"top_k": 0}, "top_k"), ({"top_p": 0}, "top_p"),
      ({"top_p": 1.5}, "top_p"), ({"idx": torch.zeros(1, 0).long()}, "prompt")],
 )  # fmt: skip
-def test_generation_refuses_what_makes_no_sense(options, names):
+def test_generate_rejects_invalid_arguments(options, names):
     options = {"idx": torch.zeros(1, 1).long(), "max_new_tokens": 1} | options
     with pytest.raises(ValueError, match=names):
         tiny().generate(**options)

@@ -520,6 +520,8 @@ def train(config, checkpoint, device, signals):
         if signals.any() or step % config.eval_interval == 0 or step == config.max_iters:
             val_loss = evaluate(model, dataset.val, config, device, autocast, signals)
             check_finite(val_loss or 0.0, model.parameters(), step, out_dir)
+            is_best = val_loss is not None and val_loss < best_val_loss
+            best_val_loss = val_loss if is_best else best_val_loss
             if log:
                 content = {
                     "model": model.state_dict(),
@@ -530,18 +532,17 @@ def train(config, checkpoint, device, signals):
                     "tokenizer": tokenizer.state(),
                     "fingerprint": dataset.fingerprint(),
                     "step": step,
-                    "best_val_loss": min(best_val_loss, val_loss or math.inf),
+                    "best_val_loss": best_val_loss,
                 }
-                if val_loss is not None:
-                    log.write(step=step, val_loss=val_loss)
-                    if val_loss < best_val_loss:
-                        save_checkpoint(out_dir / "best.pt", content)
+                if is_best:
+                    save_checkpoint(out_dir / "best.pt", content)
                 save_checkpoint(out_dir / "last.pt", content)
-            if val_loss is None:
+            if val_loss is None:  # a signal has interrupted the evaluation
                 command = f"python train.py --resume{resume_flags(out_dir)}"
                 say(f"stopped at step {step} and saved; to continue: {command}")
                 return 128 + signals.any()
-            best_val_loss = min(best_val_loss, val_loss)
+            if log:
+                log.write(step=step, val_loss=val_loss)
             say(f"step {step}: val loss {val_loss:.4f}")
             if step == config.max_iters:
                 break

@@ -37,7 +37,7 @@ class Dataset:
 
 
 def split(name: str, ids: np.ndarray, tokenizer: Tokenizer) -> Dataset:
-    """Return ids split 90/10 by position, so that neighbouring sentences stay together."""
+    """Return ids split 90/10 by position, so that neighboring sentences stay together."""
     n = int(len(ids) * (1 - VAL_FRACTION))
     return Dataset(name, ids[:n], ids[n:], tokenizer)
 

@@ -18,7 +18,7 @@ import denseformer
 from bench import count_traffic, peak_memory
 from denseformer import DWA, DenseFormer
 from optim import configure_optimizers
-from test_denseformer import IDX, Formula, all_outputs, assert_same, gradients, randomise, tiny
+from test_denseformer import IDX, Formula, all_outputs, assert_same, gradients, randomize, tiny
 
 # The pattern of a pruned model: some rows do not read their own X_i.
 HOLES = "3:0,2+4:1+5:0,1,2,3+6:2,6+7:0,1,4,5,6+8:1,3,5,6,7+9:0,1,5,7"
@@ -29,7 +29,7 @@ HOLES = "3:0,2+4:1+5:0,1,2,3+6:2,6+7:0,1,4,5,6+8:1,3,5,6,7+9:0,1,5,7"
 # pass of a small network of 9 blocks; its gradients must equal those of the naive DWA.
 
 
-def network(dwa):
+def network():
     torch.manual_seed(1)
     return nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(9)).double()
 
@@ -170,8 +170,8 @@ def test_inplace_gradients_are_naive_ones(use, pattern, monkeypatch):
     for impl in ("inplace", "naive"):
         torch.manual_seed(0)
         dwa = DWA(9, pattern, impl).double()
-        randomise(dwa)
-        blocks, x = network(dwa), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+        randomize(dwa)
+        blocks, x = network(), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
         assert isinstance(dwa(x), denseformer.InPlacePass) == (impl == "inplace")
         use(dwa, blocks, x)
         results.append(
@@ -258,11 +258,11 @@ def test_wrong_use_is_a_runtime_error(wrong):
     dwa = DWA(9).double()
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"DWA|X_") as error:
-        wrong(dwa, network(dwa), x)
+        wrong(dwa, network(), x)
     assert len(str(error.value)) > 40
     if wrong in WRONG[:5]:  # the advice in the message works: use naive
         dwa.impl = "naive"
-        wrong(dwa, network(dwa), x)
+        wrong(dwa, network(), x)
 
 
 # -----------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_dwa_in_another_network(network, pattern):
     torch.manual_seed(0)
     net = network().double()
     net.dwa = DWA(6, pattern).double()  # line 1
-    randomise(net.dwa)
+    randomize(net.dwa)
     alpha = net.dwa.alpha.detach().nan_to_num(0).requires_grad_()
     x0 = torch.randn((2, 3, 5, 7) if net.residual else (2, 5, 8), dtype=torch.float64)
     results = []
@@ -365,7 +365,7 @@ class WithInPlaceBlocks(nn.Module):
         )
         self.dwa = DWA(6, pattern)
         self.double()
-        randomise(self.dwa)
+        randomize(self.dwa)
 
     def forward(self, x, in_place=True):
         x = self.stem(x)
@@ -396,6 +396,7 @@ def test_blocks_that_write_to_their_input_where_it_is_not_counted(pattern):
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torch_func_and_tracing_take_the_formula():
     model = tiny(n_layer=3)
     with torch.no_grad():
@@ -635,7 +636,7 @@ def test_autocast_keeps_the_stream_in_16_bits_and_alpha_in_float32(dtype):
 def test_autocast_does_not_round_float32_activations(impl):
     torch.manual_seed(0)
     dwa, X, results = DWA(9, "1x1", impl), torch.randn(10, 2, 8, 16), []
-    randomise(dwa)
+    randomize(dwa)
     for enabled in (False, True):
         dwa.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

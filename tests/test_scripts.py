@@ -105,7 +105,7 @@ def test_two_micro_batches_or_two_processes_are_one(text, tmp_path):
         train.main([*resumed[:2], "--batch_size=2"])
 
 
-def test_what_torchrun_says():
+def test_torchrun_messages():
     run = torchrun(2, "--help")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("usage:") == 1
@@ -184,7 +184,7 @@ def test_a_signal_during_the_last_validation_loses_nothing(text, tmp_path, monke
     assert losses(out)[-1][2]
 
 
-def test_what_a_resumed_run_takes_from_its_flags(run, trained, tmp_path, ends, capsys):
+def test_resume_flags(run, trained, tmp_path, ends, capsys):
     again = ["--resume", f"--out_dir={run}"]
     status, error = ends(train, *again, "--max_iters=5")  # there is nothing left to do
     assert status == 2
@@ -365,7 +365,7 @@ def test_prune_keeps_the_largest():
     assert pruned.alpha.allclose(torch.tensor([[0.5, 1, 0], [0, 0, 1]]))
 
 
-def test_what_analyze_measures(trained):
+def test_analyze_measurements(trained):
     run = analyze.Run(trained / "dense/last.pt", 10**6, CPU)
     assert math.log(run.perplexity()) == pytest.approx(losses(trained / "dense")[-1][2], abs=1e-5)
     alpha = run.model.dwa.alpha.clone()
@@ -419,7 +419,7 @@ def test_analyze(trained, run, tmp_path, capsys, monkeypatch, ends):
 # The other scripts
 
 
-def test_what_sample_refuses(run, tmp_path):
+def test_sample_rejects_invalid_flags(run, tmp_path):
     for error, match, flag in (
         (UsageError, "top_p", "--top_p=0"), (UsageError, "--start is empty", "--start="),
         (DataError, "'Z'", "--start=be Z"), (CheckpointError, "nowhere", "--out_dir=nowhere"),
