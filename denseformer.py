@@ -175,8 +175,8 @@ class DWA(nn.Module):
     @torch.enable_grad()  # alpha learns even if the first blocks run under no_grad
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
-        # A zero row first, so that row i is DWA i. Padding each row to a multiple of 8 entries keeps
-        # rows aligned for tensor cores.
+        # A zero row first, so that row i is DWA i. Padding rows to a multiple of 8 entries keeps
+        # them aligned for tensor cores.
         alpha = F.pad(self.weights(), (0, -(self.n_layer + 1) % 8, 1, 0))
         if self.use_inplace(x):
             return InPlacePass(alpha, x)

@@ -180,7 +180,7 @@ def load_config(argv):
         other = load_checkpoint(Path(path))
         with checkpoint_errors(Path(path)):
             shape = asdict(DenseFormerConfig(**other["model_config"]))
-            base = {name: other["train_config"][name] for name in DATA} | base
+            base = base | {name: other["train_config"][name] for name in DATA}
         base |= {name: shape[name] for name in (*SHAPE, "block_size", "dwa")}
         check_kept(overrides, {name: shape[name] for name in SHAPE}, path)
     config = TrainConfig(**(base | overrides | {"preset": preset}))
