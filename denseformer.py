@@ -175,6 +175,8 @@ class DWA(nn.Module):
     @torch.enable_grad()  # alpha learns even if the first blocks run under no_grad
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
+        if not self.read:  # no DWA at all
+            return NaivePass(self.alpha, self.rows, self.read, x)
         # A zero row first, so that row i is DWA i. Padding rows to a multiple of 8 entries keeps
         # them aligned for tensor cores.
         alpha = F.pad(self.weights(), (0, -(self.n_layer + 1) % 8, 1, 0))
@@ -198,7 +200,7 @@ class NaivePass:
     def __init__(self, alpha: Tensor, rows: list[list[int]], read: set[int], x: Tensor):
         self.alpha, self.rows, self.read = alpha.to(x.dtype), rows, read
         self.shape = x.shape
-        self.X = {0: remember(x)}
+        self.X = {0: remember(x)} if 0 in read else {}
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
