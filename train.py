@@ -401,6 +401,8 @@ def show_run(model, tokenizer, config, device):
         say(f"loss curve: {out_dir}/loss.png")
     except ImportError:
         say("to plot the loss curve: pip install matplotlib")
+    except Exception as error:  # the sample matters more
+        say(f"no loss curve: {error}")
     if dwa.num_params():
         say("\nlearned alphas: row Y_i holds the weights of the average that block i + 1 reads")
         say(text_heat_map(dwa.alpha.detach().cpu(), dwa.mask.cpu(), max_rows=12))

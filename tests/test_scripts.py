@@ -232,6 +232,11 @@ def test_main_from_a_thread_and_with_its_own_backend(text, tmp_path, monkeypatch
     shown = capsys.readouterr().out
     assert "\nY_3  |" in shown
     assert "a sample:" in shown
+    # A plot that fails costs one line.
+    (tmp_path / "out" / "loss.png").unlink()
+    (tmp_path / "out" / "loss.png").mkdir()
+    assert train.main(["--resume", f"--out_dir={tmp_path}/out", "--max_iters=3"]) == 0
+    assert re.search(r"no loss curve: .*Is a directory.*a sample:", capsys.readouterr().out, re.S)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no real texts here")
