@@ -421,6 +421,8 @@ def show_run(model, tokenizer, config, device):
 def main(argv=None):
     """Train with the flags in argv or on the command line; return the exit status."""
     # 1. Settings
+    if WORLD_SIZE > 1 and LOCAL_RANK < torch.cuda.device_count():
+        torch.cuda.set_device(LOCAL_RANK)  # before load_config tries the device
     config, checkpoint = load_config(argv)
     device, out_dir = find_device(config.device), Path(config.out_dir)
     if WORLD_SIZE > 1:
@@ -428,7 +430,6 @@ def main(argv=None):
         if device.type == "cuda" and distributed.is_nccl_available():
             backend = "cpu:gloo,cuda:nccl"
             device = find_device(f"cuda:{LOCAL_RANK}")
-            torch.cuda.set_device(device)
         # The timeout is long because the others wait while one process downloads.
         distributed.init_process_group(backend, timeout=timedelta(days=7))
     out_dir.mkdir(parents=True, exist_ok=True)
