@@ -10,8 +10,8 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1  # two runs at a time
 
 model="--dataset $1 --tokenizer byte --n_layer 24 --n_head 2 --n_embd 48 --block_size 128
-       --batch_size 8 --optimizer adamw --weight_decay 0.1 --dtype float32 --eval_iters 1000000
-       --log_interval 500"
+       --batch_size 8 --optimizer adamw --dwa_lr_scale 1 --weight_decay 0.1 --dtype float32
+       --eval_iters 1000000 --log_interval 500"
 long="--max_iters 2000 --eval_interval 2000 --warmup_iters 200 --learning_rate 8e-3 --min_lr 8e-4"
 short="--max_iters 400 --eval_interval 400 --warmup_iters 40 --learning_rate 2e-3"
 

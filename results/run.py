@@ -58,6 +58,7 @@ class RunConfig:
 COMMON = {
     "n_layer": 24, "n_head": 2, "n_embd": 48, "block_size": 128, "batch_size": 8,
     "max_iters": 2000, "optimizer": "adamw", "weight_decay": 0.1, "dtype": "float32",
+    "dwa_lr_scale": 1.0,
 }  # fmt: skip
 
 # The flags of each variant. "deeper" multiplies the depth; a pattern may depend on the depth L.
