@@ -246,6 +246,8 @@ def plot_dropped(fractions, perplexities, path):
     axes.set(xlabel="smallest alphas dropped (%)", ylabel="validation perplexity")
     if max(perplexities) > 10 * min(perplexities):
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(useOffset=False)
     axes.grid(alpha=0.3, which="both")
     save(figure, path)
 

@@ -113,7 +113,7 @@ def make_dwas(config, device):
         return dwa.to(device)
 
     dwas = {"plain": make("none")}
-    dwas |= {pattern: make(pattern) for pattern in config.patterns.split(",")}
+    dwas |= {pattern: make(pattern) for pattern in config.patterns.replace(" ", "").split(",")}
     return dwas | {
         "1x1 naive": make("1x1", "naive"),
         "1x1 tensordot": make("1x1", "naive", TensordotDWA),

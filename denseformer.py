@@ -56,7 +56,9 @@ class DenseFormerConfig:
         if min(self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd) < 1:
             raise ValueError("vocab_size, block_size, n_layer, n_head, n_embd must be at least 1")
         if self.n_embd % (2 * self.n_head):  # rotary positions rotate pairs of channels in a head
-            raise ValueError(f"n_embd must be a multiple of 2 * n_head, not {self.n_embd}")
+            raise ValueError(
+                f"n_embd must be a multiple of 2 * n_head = {2 * self.n_head}, not {self.n_embd}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         DWA(self.n_layer, self.dwa, self.dwa_impl)  # raises for an unknown pattern or impl
@@ -82,7 +84,7 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
     """
     causal = [(i, j) for i in range(1, n_layer + 1) for j in range(i + 1)]
     reads: set[tuple[int, int]] = set()  # all (i, j) for which DWA i reads X_j
-    for part in pattern.split("+"):
+    for part in pattern.replace(" ", "").split("+"):
         if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part):
             k, p = map(int, match.groups())
             reads |= {(i, j) for i, j in causal if i % p == 0 and (i - j) % k == 0}

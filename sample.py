@@ -38,13 +38,15 @@ def read_prompt(start, tokenizer):
     if start.startswith("FILE:"):
         path = Path(start.removeprefix("FILE:"))
         try:
-            text = path.read_text(encoding="utf-8-sig")  # skips a BOM; line ends become \n
+            text = path.read_bytes().decode("utf-8-sig")  # without a byte-order mark
         except UnicodeDecodeError:
             raise DataError(f"--start: {path} is not UTF-8 text") from None
         except OSError as error:
             raise DataError(f"--start: cannot read {path}: {error.strerror}") from None
         if not text:
             raise DataError(f"--start: {path} is empty")
+        if "\r" not in getattr(tokenizer, "chars", ""):  # trained on a text with \n alone
+            text = text.replace("\r\n", "\n")
     return text, torch.tensor([tokenizer.encode(text).tolist()])
 
 

@@ -119,7 +119,7 @@ PAPER = {
 }  # fmt: skip
 
 PRESETS = {
-    "cpu": {"dwa_lr_scale": 3.0},  # and the defaults above: two or three minutes on two cores
+    "cpu": {"dwa_lr_scale": 3.0},  # and the defaults above: a few minutes on two cores
     # nanoGPT's Shakespeare model, 10.7M parameters, as a DenseFormer
     "gpu": {
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2,
@@ -309,7 +309,11 @@ class StopSignals:
 def load_dataset(config):
     """Return the data set, and store its name and its tokenizer in the config."""
     # One process downloads and tokenizes while the others wait for its lock.
-    dataset = data.load(config.dataset, config.block_size, config.tokenizer, config.shards)
+    try:
+        dataset = data.load(config.dataset, config.block_size, config.tokenizer, config.shards)
+    except data.DataError as error:
+        hint = "; if the data has moved, add --dataset" if config.resume else ""
+        raise data.DataError(f"{error}{hint}") from None
     # --resume needs the name, since the default depends on whether the download works.
     config.dataset = config.dataset or dataset.name
     config.tokenizer = dataset.tokenizer.state()["kind"]
@@ -510,7 +514,7 @@ def train(config, checkpoint, device, signals):
     micro_batches = range(RANK, config.gradient_accumulation_steps, WORLD_SIZE)  # of this process
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
     snapshots = {config.max_iters * n // 16 for n in (1, 2, 4, 8, 16)}  # of the alphas
-    log = Log(out_dir / "log.jsonl", step) if RANK == 0 else None
+    log = Log(out_dir / "log.jsonl", step) if RANK == 0 and step > 0 else None
     bar = tqdm(total=config.max_iters, initial=step, unit="step", leave=False, disable=RANK or None)
     peak = peak_flops(device)
     start, seconds, steps_timed = time.perf_counter(), 0.0, 0
@@ -527,7 +531,7 @@ def train(config, checkpoint, device, signals):
             check_finite(val_loss or 0.0, model.parameters(), step, out_dir)
             is_best = val_loss is not None and val_loss < best_val_loss
             best_val_loss = val_loss if is_best else best_val_loss
-            if log:
+            if RANK == 0:
                 content = {
                     "model": model.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -539,9 +543,11 @@ def train(config, checkpoint, device, signals):
                     "step": step,
                     "best_val_loss": best_val_loss,
                 }
-                if is_best:
+                # Until here, --overwrite has changed nothing; now all of the old run is replaced.
+                if is_best or step == 0:
                     save_checkpoint(out_dir / "best.pt", content)
                 save_checkpoint(out_dir / "last.pt", content)
+                log = log or Log(out_dir / "log.jsonl", step)
             if val_loss is None:  # a signal has interrupted the evaluation
                 command = f"python train.py --resume{resume_flags(out_dir)}"
                 say(f"stopped at step {step} and saved; to continue: {command}")

@@ -141,7 +141,7 @@ def test_train_then_sample(trained, tmp_path, capsys):
     both = write(f"--start=FILE:{prompt}", "--num_samples", "2")
     assert both.split("--- sample ")[1] == f"1 ---\n{once}\n"
     assert both.split("--- sample ")[2] != f"2 ---\n{once}"
-    prompt.write_bytes(b"not\r\n")
+    prompt.write_bytes(b"not\r\n")  # the model has not seen \r
     assert write(f"--start=FILE:{prompt}").startswith("not\n")
 
 
@@ -182,6 +182,19 @@ def test_a_signal_during_the_last_validation_loses_nothing(text, tmp_path, monke
     assert load_checkpoint(out / "last.pt")["step"] == 6
     assert train.main(["--resume", f"--out_dir={out}"]) == 0
     assert losses(out)[-1][2]
+
+
+def test_a_signal_during_the_first_validation_replaces_the_overwritten_run(run, text, monkeypatch):
+    def evaluate(*args, real=train.evaluate):
+        signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    new = flags(**SMALL, dataset=text, out_dir=run)
+    assert train.main([*new, "--overwrite"]) == 128 + signal.SIGINT
+    for name in ("best.pt", "last.pt"):
+        assert load_checkpoint(run / name)["step"] == 0
+    assert log(run) == []
 
 
 def test_resume_flags(run, trained, tmp_path, ends, capsys):
@@ -294,10 +307,14 @@ def test_a_compiler_that_fails_ends_the_run_with_a_hint(text, tmp_path, monkeypa
 
     monkeypatch.setattr(DenseFormer, "compile", lambda model: model.loss.compile(backend=backend))
     new = flags(**SMALL, dataset=text, out_dir=tmp_path / "out")
-    status, error = ends(train, *new, "--compile")
+    assert train.main([*new, "--max_iters=1"]) == 0
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in ("last.pt", "log.jsonl")}
+    status, error = ends(train, *new, "--compile", "--overwrite")
     assert status == 1
+    for name, content in before.items():  # not overwritten yet
+        assert (tmp_path / "out" / name).read_bytes() == content
     assert re.match(r"train.py: torch.compile failed: .*no C\+\+ compiler.*; --compile=Fal", error)
-    assert train.main([*new, "--compile=False", "--max_iters=1"]) == 0
+    assert train.main([*new, "--compile=False", "--max_iters=1", "--overwrite"]) == 0
 
 
 # -----------------------------------------------------------------------------
