@@ -625,7 +625,7 @@ def test_openwebtext(small_gpt2, server, monkeypatch):
     assert two.train[:].tolist() == tokens(kept)
     assert cached("openwebtext") == ["00.train.bin", "01.train.bin", "val.bin"]
 
-    # Fewer shards have the same validation; what is there is not fetched again.
+    # Fewer shards have the same validation; present shards are not downloaded again.
     asked = len(server.seen)
     one = data.load("openwebtext", block_size=16, n_shards=1)
     assert np.array_equal(one.val, two.val)
