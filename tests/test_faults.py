@@ -155,7 +155,7 @@ def test_a_second_signal_some_seconds_later_ends_at_once(monkeypatch):
     assert exit.value.code == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=slow)])
 def test_an_output_that_cannot_encode_the_text(tmp_path, encoding):
     text, out = tmp_path / "\u0142.txt", tmp_path / "out"
     text.write_text("\u201cna\u00efve\u201d \u2014 \u0142\n" * 100, encoding="utf-8")
