@@ -156,6 +156,7 @@ def test_mask_of_the_papers_example():
     # k = p = 4 (section 3.2): DWA_8 sees X_0, X_4, X_8, never X_5, the first to have used Y_4.
     assert dwa_rows("4x4", 8)[7] == [0, 4, 8]
     assert dwa_rows("4x5", 10)[9] == [2, 6, 10]
+    assert dwa_rows(" 4x5 + 1x2", 10) == dwa_rows("4x5+1x2", 10)  # blanks do not matter
 
 
 @pytest.mark.parametrize(

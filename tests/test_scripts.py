@@ -22,7 +22,7 @@ import train
 from checkpoint import CheckpointError, load_checkpoint
 from config import UsageError
 from data.errors import DataError, UserError
-from data.tokenizer import ByteTokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer
 from denseformer import DWA, DenseFormer, DenseFormerConfig, rotary_angles
 from figures import text_heat_map
 from tests.helpers import SHARED, SMALL, flags, log, losses, same_weights, torchrun, weights
@@ -141,7 +141,9 @@ def test_train_then_sample(trained, tmp_path, capsys):
     both = write(f"--start=FILE:{prompt}", "--num_samples", "2")
     assert both.split("--- sample ")[1] == f"1 ---\n{once}\n"
     assert both.split("--- sample ")[2] != f"2 ---\n{once}"
-    prompt.write_bytes(b"not\r\n")  # the model has not seen \r
+    prompt.write_bytes(b"a\r\nb")  # for a model of a text with \r, which this one is not
+    assert sample.read_prompt(f"FILE:{prompt}", CharTokenizer("\n\rab"))[0] == "a\r\nb"
+    prompt.write_bytes(b"not\r\n")
     assert write(f"--start=FILE:{prompt}").startswith("not\n")
 
 
@@ -219,6 +221,9 @@ def test_resume_flags(run, trained, tmp_path, ends, capsys):
     assert checkpoint["train_config"]["dataset"] == str(moved)
     moved.write_text("something else altogether " * 300)
     with pytest.raises(UserError, match="not the data"):
+        train.main(again)
+    moved.unlink()
+    with pytest.raises(UserError, match="if the data has moved, add --dataset"):
         train.main(again)
 
 
