@@ -307,7 +307,7 @@ class StopSignals:
 
 
 def load_dataset(config):
-    """Return the data set, and store its name and its tokenizer in the config."""
+    """Return the data set and its fingerprint; store its name and its tokenizer in the config."""
     # One process downloads and tokenizes while the others wait for its lock.
     try:
         dataset = data.load(config.dataset, config.block_size, config.tokenizer, config.shards)
@@ -317,12 +317,13 @@ def load_dataset(config):
     # --resume needs the name, since the default depends on whether the download works.
     config.dataset = config.dataset or dataset.name
     config.tokenizer = dataset.tokenizer.state()["kind"]
+    fingerprint = dataset.fingerprint()  # reads up to 256 MB, so only once
     if WORLD_SIZE > 1:
         fingerprints = [None] * WORLD_SIZE
-        distributed.all_gather_object(fingerprints, dataset.fingerprint())
+        distributed.all_gather_object(fingerprints, fingerprint)
         if len(set(fingerprints)) > 1:
             raise UserError(f"{dataset.name} differs between processes: {fingerprints}")
-    return dataset
+    return dataset, fingerprint
 
 
 def get_batch(dataset, config, step, micro_batch, device):
@@ -462,7 +463,7 @@ def train(config, checkpoint, device, signals):
     out_dir = Path(config.out_dir)
 
     # 2. Data
-    dataset = load_dataset(config)
+    dataset, fingerprint = load_dataset(config)
     tokenizer = dataset.tokenizer
 
     # 3. Model and optimizers
@@ -483,7 +484,7 @@ def train(config, checkpoint, device, signals):
     step, best_val_loss = 0, math.inf
     if checkpoint:
         with checkpoint_errors(out_dir / "last.pt"):
-            if checkpoint["fingerprint"] != dataset.fingerprint():
+            if checkpoint["fingerprint"] != fingerprint:
                 raise UserError(f"{dataset.name} is not the data that {out_dir} was trained on")
             model.load_state_dict(checkpoint.pop("model"))  # and free it
             for optimizer, state in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
@@ -539,7 +540,7 @@ def train(config, checkpoint, device, signals):
                     "model_config": asdict(model_config),
                     "train_config": asdict(config),
                     "tokenizer": tokenizer.state(),
-                    "fingerprint": dataset.fingerprint(),
+                    "fingerprint": fingerprint,
                     "step": step,
                     "best_val_loss": best_val_loss,
                 }
