@@ -33,6 +33,12 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+try:  # comes with torch where CUDA does; makes the in-place DWA faster
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 
 @dataclass
 class DenseFormerConfig:
@@ -137,13 +143,12 @@ class DWA(nn.Module):
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
         self.read = set().union(*self.rows)  # the j of all X_j that some DWA reads
-        # CPU tensors rather than buffers: they are derived from the pattern, so checkpoints do not
-        # hold them, and a model built on the meta device still has their values.
-        self._mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
-        self._start = torch.zeros(n_layer, n_layer + 1, device="cpu")  # alpha at initialization
+        mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
+        start = torch.zeros(n_layer, n_layer + 1, device="cpu")  # alpha at initialization
         for i, row in enumerate(self.rows, start=1):
-            self._mask[i - 1, row] = True
-            self._start[i - 1, row[-1] if row else i] = 1
+            mask[i - 1, row] = True
+            start[i - 1, row[-1] if row else i] = 1
+        self._constants = mask, start
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         alpha = torch.empty(n_layer, n_layer + 1, dtype=dtype)
         self.alpha = nn.Parameter(alpha, requires_grad=any(self.rows))  # DDP waits for unused ones
@@ -152,18 +157,31 @@ class DWA(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         """Reset alpha so that Y_i is the newest X_j that DWA i reads: X_i, in most patterns."""
-        self.alpha.copy_(self._start)
+        self.alpha.copy_(self.constants()[1])
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """Return the mask and the initial values of alpha, on its device.
+
+        They are not buffers: they are derived from the pattern, so checkpoints do not hold them,
+        and a model built on the meta device still has their values. They are copied to a GPU only
+        once, since each copy from the CPU waits for the GPU to finish its work.
+        """
+        with torch.inference_mode(False):  # else training could not use them later
+            mask, start = (constant.to(self.alpha.device) for constant in self._constants)
+        if not (self.alpha.is_meta or torch.compiler.is_compiling()):
+            self._constants = mask, start
+        return mask, start
 
     @property
     def mask(self) -> Tensor:
         """The trained entries of alpha: bool, (n_layer, n_layer + 1)."""
-        return self._mask.to(self.alpha.device, non_blocking=True)
+        return self.constants()[0]
 
     def weights(self) -> Tensor:
         """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
         rows without a DWA, and 0 elsewhere."""
-        start = self._start.to(self.alpha, non_blocking=True)
-        return torch.where(self.mask, self.alpha, start)
+        mask, start = self.constants()
+        return torch.where(mask, self.alpha, start.to(self.alpha.dtype))
 
     def num_params(self) -> int:
         """Return the number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
@@ -179,9 +197,7 @@ class DWA(nn.Module):
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
         if not self.read:  # no DWA at all
             return NaivePass(self.alpha, self.rows, self.read, x)
-        # A zero row first, so that row i is DWA i. Padding rows to a multiple of 8 entries keeps
-        # them aligned for tensor cores.
-        alpha = F.pad(self.weights(), (0, -(self.n_layer + 1) % 8, 1, 0))
+        alpha = F.pad(self.weights(), (0, 0, 1, 0))  # a zero row first, so that row i is DWA i
         if self.use_inplace(x):
             return InPlacePass(alpha, x)
         return NaivePass(alpha, self.rows, self.read, x)
@@ -552,12 +568,17 @@ def sample(
 #    The same in reverse for G, and dalpha is one product per tile. This reads L^2/(2b) + L b/2
 #    activations instead of L^2/2, which is smallest for b = sqrt(L).
 #
-# The X of a tile are no longer needed once its dalpha is computed. So G_m is written to row m + b,
-# over an X of the next tile, and one buffer of L + 1 + b rows holds both X and G.
+# A tile's product needs memory for b rows, and the rows of the tile that are still to come have it:
+# the part of Y_i computed so far waits in row i + 1 until X_{i+1} overwrites it. So let row i + 1
+# of a square matrix A be DWA i, with 1 on the diagonal; then Y_i is one product, row i + 1 of A
+# times rows lo..i+1 of X. In the backward pass the same holds for A.T and for G, with G_i in row
+# i + 1.
 #
-# Every product is an ordinary batched matmul in the dtype of the activations, which accumulates in
-# float32, as every Linear under autocast does. The batch dimension is S slices of the tokens, which
-# keeps all cores busy; dalpha, a sum over tokens and channels, is summed over slices in float32.
+# The X of a tile are no longer needed once its dalpha is computed. So G is stored b rows below X,
+# over the X of the next tile, and one buffer of L + 2 + b rows holds both.
+#
+# Products are in the dtype of the activations and sum in float32, as every Linear under autocast
+# does.
 
 TILE = 8  # rows of a tile, b: near sqrt(L) for the paper's depths, and aligned for tensor cores
 
@@ -608,18 +629,23 @@ class InPlaceStep(torch.autograd.Function):
 class InPlaceBuffer:
     """The computation and its memory, with the N elements of an activation in S slices.
 
-    X      (S, L + 1 + b, N / S): row i is X_i, and in the backward pass row i + b is G_i
-    tile   (S, rows, N / S): for each row of the current tile, the sum over all other tiles
-    alpha  (L + 1, columns): row i is DWA i
+    X   (S, L + 2 + b, N / S): row i is X_i, or until then the sum over older tiles for Y_{i-1}
+    G   the rows of X from b on: row i + 1 is G_i, or until then that over newer tiles for dX_{i+1}
+    A   (L + 2, columns): row i + 1 is DWA i, and the diagonal is 1
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
         self.L, self.b, self.shape = len(alpha) - 1, TILE, x.shape
-        self.S = math.gcd(math.prod(x.shape[:-1]), 16)
-        self.X = x.new_empty(self.S, self.L + 1 + self.b, x.numel() // self.S)
+        # A CPU computes a batch of products, one for each slice of the tokens, with all its cores.
+        self.S = math.gcd(math.prod(x.shape[:-1]), 16) if x.device.type == "cpu" else 1
+        self.X = x.new_empty(self.S, self.L + 2 + self.b, x.numel() // self.S)
+        self.G = self.X[:, self.b :]
         self.X[:, 0] = x.detach().reshape(self.S, -1)
-        self.tile = self.X[:, :0]  # what older X (in the backward pass, newer G) add to the tile
-        self.alpha = alpha.detach().to(x.dtype)
+        # Rows of a multiple of 8 entries keep tiles aligned for tensor cores. cuBLAS is twice as
+        # fast with a transposed matrix on the left, so tiles use A.T and, forward, alpha_T.T.
+        A = F.pad(alpha.detach(), (0, 8 - len(alpha) % 8, 1, 0))
+        self.A = A.fill_diagonal_(1).to(x.dtype)
+        self.alpha_T = F.pad(alpha.detach().T, (0, -len(alpha) % 8)).to(x.dtype)
         self.dalpha = torch.zeros_like(alpha) if alpha.requires_grad else None
         self.next = 1  # the next step of the forward pass
         self.task = -1  # autograd's id of the backward pass, once it has begun
@@ -633,13 +659,13 @@ class InPlaceBuffer:
                 f"has begun: got step {i}, expected {self.next}. (Checkpointing may wrap blocks; "
                 f"around DWAs it needs impl='naive' and use_reentrant=False.)"
             )
-        alpha, X, lo = self.alpha, self.X, i - i % self.b
-        X[:, i] = x.reshape(self.S, -1)
+        A, X, lo = self.A, self.X, i - i % self.b
+        hi = min(lo + self.b, self.L + 1)
         self.next = i + 1
-        if i == lo:  # a new tile begins
-            self.tile = matmul(alpha[lo : lo + self.b, :lo], X[:, :lo])
-        older = self.tile[:, i - lo : i - lo + 1] if lo else None
-        y = matmul(alpha[i : i + 1, lo : i + 1], X[:, lo : i + 1], older)
+        if lo == i > 0:  # a new tile begins
+            matmul(self.alpha_T[:lo, lo:hi].T, X[:, :lo], out=X[:, lo + 1 : hi + 1])
+        end = i + 2 if lo else i + 1  # the first tile has no older ones
+        y = append(X, i, x, A[i + 1, lo:end], lo)
         return y.resize_(self.shape).to(x.dtype)  # not a view: the next block may modify it
 
     def backward(self, i: int, g: Tensor | None) -> Tensor:
@@ -655,29 +681,69 @@ class InPlaceBuffer:
         if i + 1 < self.last:  # step i + 1 ran under no_grad, so its G is 0
             self.backward(i + 1, None)
         self.last = i
-        alpha, X, G, lo = self.alpha, self.X, self.X[:, self.b :], i - i % self.b
+        A, X, G, lo = self.A, self.X, self.G, i - i % self.b
         hi, end = min(lo + self.b, self.end), self.end
         if i == hi - 1 and hi < end:  # a new tile begins
-            self.tile = matmul(alpha[hi:end, lo:hi].T, G[:, hi:end])
-        G[:, i] = 0 if g is None else g.reshape(self.S, -1)
-        newer = self.tile[:, i - lo : i - lo + 1] if hi < end else None
-        dx = matmul(alpha[i:hi, i : i + 1].T, G[:, i:hi], newer)
+            matmul(A[hi + 1 : end + 1, lo:hi].T, G[:, hi + 1 : end + 1], out=G[:, lo:hi])
+        begin = i if hi < end else i + 1  # the last tile has no newer ones
+        g = X.new_zeros(self.shape) if g is None else g
+        dx = append(G, i + 1, g, A[begin : hi + 1, i], begin)
         if i == lo and self.dalpha is not None:  # the tile is complete
-            dots = matmul(G[:, lo:hi], X[:, :hi].mT)
+            dots = X.new_empty(self.S, hi - lo, hi)  # out= keeps autocast away
+            torch.bmm(G[:, lo + 1 : hi + 1], X[:, :hi].mT, out=dots)
             self.dalpha[lo:hi, :hi] = dots.sum(0, dtype=self.dalpha.dtype)
         return dx.view(self.shape)
 
     def free(self) -> Tensor | None:
         """Free the memory at the end of the backward pass; return dLoss/dalpha, if needed."""
-        del self.X, self.tile
+        del self.X, self.G
         return self.dalpha
 
 
-def matmul(a: Tensor, X: Tensor, start: Tensor | None = None) -> Tensor:
-    """Return start + a @ X in the dtype of X, also under autocast, which ignores calls with out=.
+def matmul(A: Tensor, X: Tensor, out: Tensor):
+    """Write A @ X to out, with A (r, m), X (S, m, n), out (S, r, n); autocast does not apply."""
+    A = A.expand(len(X), -1, -1)
+    if out.is_contiguous() or out.is_cuda:
+        torch.bmm(A, X, out=out)
+    else:  # torch.bmm uses all cores of a CPU only if its output is contiguous
+        out.copy_(torch.bmm(A, X, out=X.new_empty(out.shape)))
 
-    a is (r, m) or (S, r, m), X is (S, m, n), start is (S, r, n).
+
+def append(X: Tensor, i: int, x: Tensor, a: Tensor, lo: int) -> Tensor:
+    """Write x to row i of X, (S, rows, n); return the sum over k of a[k] * X[:, lo + k], (S, n).
+
+    Row i is one of the rows that are summed.
     """
-    a = a.expand(len(X), -1, -1)
-    out = X.new_empty(len(X), a.size(1), X.size(2))
-    return torch.bmm(a, X, out=out) if start is None else torch.baddbmm(start, a, X, out=out)
+    y = X.new_empty(len(X), X.size(2))
+    if triton and X.is_cuda and X.itemsize <= 4:
+        with torch.cuda.device(X.device):
+            append_kernel[(triton.cdiv(X.size(2), 1024),)](
+                X, i, x.contiguous(), a, lo, len(a), y, X.size(2), X.stride(1), a.stride(0),
+                MAX=TILE + 1, BLOCK=1024, num_warps=8,
+            )  # fmt: skip
+    else:
+        X[:, i] = x.reshape(len(X), -1)
+        matmul(a[None], X[:, lo : lo + len(a)], out=y.unsqueeze(1))
+    return y
+
+
+# For a product with one row, cuBLAS reaches 1 TB/s on an H200 and this kernel 3.5, of 4.2.
+if triton:
+
+    @triton.jit(do_not_specialize=["i", "lo", "m"])
+    def append_kernel(
+        X, i, x, a, lo, m, y, n, X_stride: tl.int64, a_stride,
+        MAX: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """append() for S = 1 and m = len(a) <= MAX, which reads and writes each number once."""
+        columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < n
+        new = tl.load(x + columns, mask=inside).to(X.dtype.element_ty)
+        tl.store(X + i * X_stride + columns, new, mask=inside)
+        total = tl.load(a + (i - lo) * a_stride).to(tl.float32) * new.to(tl.float32)
+        for k in tl.static_range(MAX):
+            read = (k < m) & (lo + k != i)
+            weight = tl.load(a + k * a_stride, mask=read, other=0.0).to(tl.float32)
+            old = tl.load(X + (lo + k) * X_stride + columns, mask=inside & read, other=0.0)
+            total += weight * old.to(tl.float32)
+        tl.store(y + columns, total, mask=inside)
