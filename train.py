@@ -120,10 +120,11 @@ PAPER = {
 
 PRESETS = {
     "cpu": {"dwa_lr_scale": 3.0},  # and the defaults above: a few minutes on two cores
-    # nanoGPT's Shakespeare model, 10.7M parameters, as a DenseFormer
+    # nanoGPT's Shakespeare model, 10.7M parameters, as a DenseFormer. Its validation loss is lowest
+    # after 1,500 of nanoGPT's 5,000 steps.
     "gpu": {
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2,
-        "max_iters": 5000, "batch_size": 64, "optimizer": "adamw", "learning_rate": 1e-3,
+        "max_iters": 2000, "batch_size": 64, "optimizer": "adamw", "learning_rate": 1e-3,
         "min_lr": 1e-4, "warmup_iters": 100, "weight_decay": 0.1, "beta2": 0.99,
         "eval_interval": 250,
     },
