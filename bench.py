@@ -11,10 +11,8 @@ slowdown of the machine affects all variants alike. For shapes in GOALS, the las
 goals were met; the exit status is 1 if any was missed.
 """
 
-import contextlib
 import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -27,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from config import UsageError, find_device, flag, parse_flags, run_cli
+from config import UsageError, describe_machine, find_device, flag, parse_flags, run_cli
 from denseformer import DWA, DenseFormer, DenseFormerConfig
 
 
@@ -315,18 +313,6 @@ def cell(times, row):
     return f"{statistics.median(ms):.1f} ± {(high - low) / 2:.1f} | {ratio(times, row):.3f}"
 
 
-def machine(device):
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next(x for x in lines if x.startswith("model name")).split(":")[1].strip()
-        name += f", {torch.get_num_threads()} threads"
-    return f"{name}; torch {torch.__version__}"
-
-
 def main(argv=None):
     gpu = " ".join(f"--{name}={value}" for name, value in GPU.items())
     epilog = f"On a GPU the defaults are the paper's model: {gpu}"
@@ -343,7 +329,12 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")
     dtype = getattr(torch, config.dtype)
     N = config.batch_size * config.block_size * config.n_embd
-    report = {"machine": machine(device), "config": asdict(config), "times": {}, "numbers": {}}
+    report = {
+        "machine": describe_machine(device),
+        "config": asdict(config),
+        "times": {},
+        "numbers": {},
+    }
     numbers = report["numbers"]
     # Freeing one 31 MiB block makes glibc reuse later large blocks, not return them to the system.
     torch.empty(31 << 20, dtype=torch.uint8)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from data.errors import UserError
+from data.shards import open_new
 from data.tokenizer import Tokenizer, from_state
 from denseformer import DWA, DenseFormer, DenseFormerConfig
 
@@ -26,19 +26,13 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]):
 
     Raises CheckpointError if it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("wb") as file:
+        with open_new(path) as file:
             torch.save({"format": FORMAT, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
     except RuntimeError:  # torch reports a full disk as an internal C++ error
         raise CheckpointError(f"cannot write {path}: is the disk full?") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -91,17 +85,15 @@ def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-def load_weights(path: Path, model: DenseFormer, tokenizer: Tokenizer):
+def load_weights(checkpoint: dict[str, Any], model: DenseFormer, tokenizer: Tokenizer):
     """Load the weights of a checkpoint, and those of its alphas that are in the model's pattern.
 
     The other alphas start at 0, or at the identity in rows where the checkpoint has no DWA. Raises
-    CheckpointError for a model of another shape or tokenizer.
+    ValueError for another tokenizer, RuntimeError for a model of another shape.
     """
-    checkpoint = load_checkpoint(path)
-    with checkpoint_errors(path):
-        if checkpoint["tokenizer"] != tokenizer.state():
-            raise CheckpointError(f"{path} has a different tokenizer than the data")
-        model.load_state_dict(checkpoint["model"])
+    if checkpoint["tokenizer"] != tokenizer.state():
+        raise ValueError("it has a different tokenizer than the data")
+    model.load_state_dict(checkpoint["model"])
     start = DWA(model.config.n_layer, model.config.dwa).alpha.to(model.dwa.alpha)
     with torch.no_grad():
         alpha = model.dwa.weights()  # 0 outside the mask
@@ -119,9 +111,8 @@ class Log:
                 entry = json.loads(line)
                 if entry["step"] < step or (entry["step"] == step and "loss" in entry):
                     kept.append(line + "\n")
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(kept))
-        os.replace(part, path)
+        with open_new(path) as file:
+            file.write("".join(kept).encode())
         self.path = path
 
     def write(self, **entry):

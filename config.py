@@ -17,6 +17,7 @@ import difflib
 import io
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Callable
@@ -182,6 +183,17 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 
+def describe_machine(device: torch.device) -> str:
+    """Return the name of the GPU or processor, and torch's version."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}; torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    if (file := Path("/proc/cpuinfo")).exists():
+        lines = file.read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}"
+
+
 # -----------------------------------------------------------------------------
 # Entry point
 
@@ -227,8 +239,8 @@ def explain(error: BaseException) -> str:
     kinds = (MemoryError, torch.OutOfMemoryError)
     if isinstance(error, kinds) or "can't allocate memory" in str(error):  # the latter on a CPU
         return (
-            "out of memory: lower --batch_size, and raise --gradient_accumulation_steps by the "
-            "same factor to keep the number of tokens per step"
+            "out of memory: use a smaller batch (in train.py, lower --batch_size and raise "
+            "--gradient_accumulation_steps by the same factor)"
         )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]).strip()

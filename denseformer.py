@@ -131,7 +131,8 @@ class DWA(nn.Module):
     impl "naive" computes the formula directly. impl "inplace" computes the same with a fraction of
     the memory traffic, but supports only one backward pass and no double backward. It falls back
     to naive for sparse masks, where naive is faster, and under torch.compile, torch.export and
-    torch.func. Raises ValueError for an unknown pattern or impl.
+    torch.func. Raises ValueError for an unknown impl, or for a pattern that is unknown or has no
+    DWA in n_layer blocks.
     """
 
     def __init__(self, n_layer: int, pattern: str = "1x1", impl: str = "inplace"):
@@ -143,6 +144,10 @@ class DWA(nn.Module):
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
         self.read = set().union(*self.rows)  # the j of all X_j that some DWA reads
+        if not self.read and pattern != "none":
+            raise ValueError(
+                f"dwa {pattern} has no DWA in {n_layer} blocks; none is the plain Transformer"
+            )
         mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
         start = torch.zeros(n_layer, n_layer + 1, device="cpu")  # alpha at initialization
         for i, row in enumerate(self.rows, start=1):

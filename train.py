@@ -35,7 +35,7 @@ from checkpoint import Log, checkpoint_errors, load_checkpoint, load_weights, sa
 from config import UsageError, find_device, find_dtype, flag, parse_flags, peak_flops, run_cli
 from data.dataset import eval_offsets, stack_windows
 from data.errors import UserError
-from denseformer import DWA, DenseFormer, DenseFormerConfig
+from denseformer import DenseFormer, DenseFormerConfig
 from figures import plot_losses, text_heat_map
 from optim import configure_optimizers, set_lr
 
@@ -158,7 +158,7 @@ def describe_presets():
 
 
 def load_config(argv):
-    """Return the settings, and the checkpoint to resume from or None.
+    """Return the settings, and the checkpoint of --resume or --init_from, or None.
 
     Flags override the checkpoint (of --resume or --init_from), which overrides the preset, which
     overrides the defaults. Raises UserError for settings that do not fit each other, the
@@ -178,17 +178,17 @@ def load_config(argv):
     if preset == "auto":
         device = find_device(overrides.get("device", "auto"))
         preset = "cpu" if device.type == "cpu" else "gpu"
-    base = PRESETS[preset]
+    base, checkpoint = PRESETS[preset], None
     if path := overrides.get("init_from"):
-        other = load_checkpoint(Path(path))
+        checkpoint = load_checkpoint(Path(path))
         with checkpoint_errors(Path(path)):
-            shape = asdict(DenseFormerConfig(**other["model_config"]))
-            base = base | {name: other["train_config"][name] for name in DATA}
+            shape = asdict(DenseFormerConfig(**checkpoint["model_config"]))
+            base = base | {name: checkpoint["train_config"][name] for name in DATA}
         base |= {name: shape[name] for name in (*SHAPE, "block_size", "dwa")}
         check_kept(overrides, {name: shape[name] for name in SHAPE}, path)
     config = TrainConfig(**(base | overrides | {"preset": preset}))
     check(config)
-    return config, None
+    return config, checkpoint
 
 
 def resume_config(overrides, out_dir):
@@ -232,11 +232,6 @@ def check(config):
         DenseFormerConfig(**model_settings(config), vocab_size=1)
     except ValueError as error:
         raise UsageError(f"--{error}") from None
-    if config.dwa != "none" and not DWA(config.n_layer, config.dwa).num_params():
-        raise UsageError(
-            f"--dwa {config.dwa} has no DWA in {config.n_layer} blocks: increase --n_layer, or use "
-            f"--dwa none for the plain Transformer"
-        )
     if config.gradient_accumulation_steps % WORLD_SIZE:
         raise UsageError(
             f"--gradient_accumulation_steps {config.gradient_accumulation_steps} is shared among "
@@ -460,7 +455,7 @@ def main(argv=None):
 
 
 def train(config, checkpoint, device, signals):
-    """Train, from the beginning or from a checkpoint; return the exit status."""
+    """Train, from the beginning or from the checkpoint of load_config; return the exit status."""
     out_dir = Path(config.out_dir)
 
     # 2. Data
@@ -483,7 +478,7 @@ def train(config, checkpoint, device, signals):
 
     # 4. Resume, or start from the weights of another run
     step, best_val_loss = 0, math.inf
-    if checkpoint:
+    if config.resume:
         with checkpoint_errors(out_dir / "last.pt"):
             if checkpoint["fingerprint"] != fingerprint:
                 raise UserError(f"{dataset.name} is not the data that {out_dir} was trained on")
@@ -497,7 +492,8 @@ def train(config, checkpoint, device, signals):
             step, best_val_loss = int(checkpoint["step"]), float(checkpoint["best_val_loss"])
         say(f"resuming from step {step}")
     elif config.init_from:
-        load_weights(Path(config.init_from), model, tokenizer)
+        with checkpoint_errors(Path(config.init_from)):
+            load_weights(checkpoint, model, tokenizer)
 
     # 5. Compile and DDP
     has_triton = device.type == "cuda" and find_spec("triton") is not None  # not on Windows

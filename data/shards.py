@@ -8,12 +8,14 @@ A file is a header of 24 bytes, little-endian, followed by the ids:
     8 bytes   number of ids
 """
 
+import contextlib
 import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -23,26 +25,33 @@ HEADER = struct.Struct("<8sIIQ")
 MAGIC, VERSION = b"DFTOKENS", 1
 
 
-def write(path: Path, bytes_per_id: int, arrays: Iterable[np.ndarray]) -> None:
-    """Write arrays of ids, one after the other, to a new file.
+@contextlib.contextmanager
+def open_new(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write, which replaces the one at `path` when it is complete.
 
-    The file appears when it is complete. One process at a time may write to a path; it overwrites
-    what a killed one left.
+    One process at a time may write to a path; it overwrites what a killed one left.
     """
-    part, count = path.with_name(f".{path.name}.part"), 0
+    part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
-            file.write(bytes(HEADER.size))
-            for ids in arrays:
-                file.write(ids.astype(f"<u{bytes_per_id}", copy=False).tobytes())
-                count += len(ids)
-            file.seek(0)
-            file.write(HEADER.pack(MAGIC, VERSION, bytes_per_id, count))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write(path: Path, bytes_per_id: int, arrays: Iterable[np.ndarray]) -> None:
+    """Write arrays of ids, one after the other, to a new file."""
+    count = 0
+    with open_new(path) as file:
+        file.write(bytes(HEADER.size))
+        for ids in arrays:
+            file.write(ids.astype(f"<u{bytes_per_id}", copy=False).tobytes())
+            count += len(ids)
+        file.seek(0)
+        file.write(HEADER.pack(MAGIC, VERSION, bytes_per_id, count))
 
 
 def read(path: Path) -> np.ndarray:

@@ -18,7 +18,6 @@ results/NAME.md, NAME.png, and NAME.json with the loss of every run.
 import ast
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -29,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent
@@ -37,7 +35,7 @@ ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_checkpoint  # noqa: E402
-from config import UsageError, flag, parse_flags, run_cli  # noqa: E402
+from config import UsageError, describe_machine, find_device, flag, parse_flags, run_cli  # noqa: E402
 from data.errors import UserError  # noqa: E402
 from denseformer import DWA, DenseFormer, DenseFormerConfig  # noqa: E402
 
@@ -57,8 +55,8 @@ class RunConfig:
 # Flags of all runs. Warm-up is a tenth of the steps, and min_lr a tenth of the learning rate.
 COMMON = {
     "n_layer": 24, "n_head": 2, "n_embd": 48, "block_size": 128, "batch_size": 8,
-    "max_iters": 2000, "optimizer": "adamw", "weight_decay": 0.1, "dtype": "float32",
-    "dwa_lr_scale": 1.0,
+    "preset": "cpu", "max_iters": 2000, "optimizer": "adamw", "weight_decay": 0.1,
+    "dtype": "float32", "dwa_lr_scale": 1.0,
 }  # fmt: skip
 
 # The flags of each variant. "deeper" multiplies the depth; a pattern may depend on the depth L.
@@ -186,17 +184,6 @@ def prune_like(runs, pattern, rate, seed):
 # Reports
 
 
-def machine():
-    """Return the name of the processor or GPU, and torch's version."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    if (file := Path("/proc/cpuinfo")).exists():
-        lines = file.read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}"
-
-
 def mean_and_error(losses):
     """Return the mean and its standard error."""
     error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else float("nan")
@@ -263,7 +250,7 @@ def report(losses, models, tried, runs, argv):
     words = [f'"{word}"' if " " in word else word for word in argv]
     text = [
         f"Made by `{' '.join(['python results/run.py', *words])}`",
-        f"on {machine()}.\n",
+        f"on {describe_machine(find_device('auto'))}.\n",
         "| model | blocks | parameters | alphas | sparsity | validation loss | minus plain |",
         "|---|---|---|---|---|---|---|",
     ]

@@ -404,7 +404,7 @@ def test_files_that_are_not_as_they_should_be(text, run, tmp_path, ends):
         (sample, [ours, f"--start=FILE:{empty}"], "empty"),
         (analyze, [f"--out_dir={missing}"], "missing"),
         (analyze, [ours, f"--plain={missing}"], "missing"),
-        (bench, ["--json=/proc/none/b.json", "--n_layer=1", "--n_embd=64", "--dwa_only",
+        (bench, ["--json=/proc/none/b.json", "--n_layer=5", "--n_embd=64", "--dwa_only",
                  "--block_size=64", "--device=cpu", "--rounds=1"], "/proc/none"),
     ]:  # fmt: skip
         status, words = ends(main, *args)

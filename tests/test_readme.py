@@ -25,7 +25,7 @@ def blocks(language):
 def shorten(script, args):
     """Return the arguments, followed by others that shorten the run."""
     if script == "bench.py":
-        return [*args, "--n_layer=3", "--n_embd=64", "--block_size=64", "--rounds=1"]
+        return [*args, "--n_layer=5", "--n_embd=64", "--block_size=64", "--rounds=1"]
     if script == "sample.py":
         return [*args, "--max_new_tokens=10"]
     if script == "analyze.py":

@@ -470,7 +470,7 @@ def test_values_that_begin_with_a_dash_stay_as_they_are(run, capsys, ends):
 
 def test_the_bench_runs_whole(tmp_path, monkeypatch):
     report = tmp_path / "bench.json"
-    shape = {"n_layer": 3, "n_embd": 64, "batch_size": 1, "block_size": 64, "rounds": 1}
+    shape = {"n_layer": 5, "n_embd": 64, "batch_size": 1, "block_size": 64, "rounds": 1}
     settings = shape | {"patterns": "4x5,2x1", "device": "cpu", "json": report}
     for mode in ([], ["--dwa_only"]):
         assert bench.main([*flags(**settings), *mode]) == 0
