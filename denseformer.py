@@ -18,7 +18,7 @@ Notable here:
 - all DWAs of a model are one matrix, alpha; a sparsity pattern is a mask on that matrix
 - the plain Transformer is the same model with dwa="none"
 - the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
-- the in-place DWA, at the end of this file, has a twelfth of the naive one's memory traffic
+- the in-place DWA, at the end of this file, has a tenth of the naive one's memory traffic, or less
 
 Shapes: B sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
 """
@@ -129,10 +129,12 @@ class DWA(nn.Module):
     an object that holds the X_j of one forward pass.
 
     impl "naive" computes the formula directly. impl "inplace" computes the same with a fraction of
-    the memory traffic, but supports only one backward pass and no double backward. It falls back
-    to naive for sparse masks, where naive is faster, and under torch.compile, torch.export and
-    torch.func. Raises ValueError for an unknown impl, or for a pattern that is unknown or has no
-    DWA in n_layer blocks.
+    the memory traffic, but supports only one backward pass, no double backward and no forward-mode
+    differentiation. It stores all X_j in the dtype of X_0, and they must be finite even where no
+    DWA reads them; Y_i is contiguous. It falls back to naive for sparse masks, where naive is
+    faster, for integers, and under torch.compile, torch.export, torch.jit.trace and torch.func.
+    Raises ValueError for an unknown impl, or for a pattern that is unknown or has no DWA in
+    n_layer blocks.
     """
 
     def __init__(self, n_layer: int, pattern: str = "1x1", impl: str = "inplace"):
@@ -144,7 +146,7 @@ class DWA(nn.Module):
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
         self.read = set().union(*self.rows)  # the j of all X_j that some DWA reads
-        if not self.read and pattern != "none":
+        if not self.read and "none" not in pattern:
             raise ValueError(
                 f"dwa {pattern} has no DWA in {n_layer} blocks; none is the plain Transformer"
             )
@@ -156,7 +158,9 @@ class DWA(nn.Module):
         self._constants = mask, start
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         alpha = torch.empty(n_layer, n_layer + 1, dtype=dtype)
-        self.alpha = nn.Parameter(alpha, requires_grad=any(self.rows))  # DDP waits for unused ones
+        self.alpha = nn.Parameter(
+            alpha, requires_grad=any(self.rows)
+        )  # DDP would wait for an unused one
         self.reset_parameters()
 
     @torch.no_grad()
@@ -168,8 +172,8 @@ class DWA(nn.Module):
         """Return the mask and the initial values of alpha, on its device.
 
         They are not buffers: they are derived from the pattern, so checkpoints do not hold them,
-        and a model built on the meta device still has their values. They are copied to a GPU only
-        once, since each copy from the CPU waits for the GPU to finish its work.
+        and a model built on the meta device still has their values. Outside of torch.compile, they
+        are copied to a GPU only once, since each copy waits for the GPU to finish its work.
         """
         with torch.inference_mode(False):  # else training could not use them later
             mask, start = (constant.to(self.alpha.device) for constant in self._constants)
@@ -565,25 +569,26 @@ def sample(
 #    times. Then each row adds its newest terms, at most b:
 #
 #             j = 0 . . . . . . . lo . . L
-#        i = 1    = =                           = = =  row by row, inside its tile
+#        i = 1    = =                           = = =  row by row, within its tile
 #            .    = = =
 #            lo   # # # # # # # # =             # # #  one product for the tile
 #            .    # # # # # # # # = =
 #
-#    The same in reverse for G, and dalpha is one product per tile. This reads L^2/(2b) + L b/2
-#    activations instead of L^2/2, which is smallest for b = sqrt(L).
+#    The same holds in reverse for G, and dalpha is one product per tile. Instead of L^2/2
+#    activations this reads L^2/(2b) + L b/2, which is smallest for b = sqrt(L).
 #
-# A tile's product needs memory for b rows, and the rows of the tile that are still to come have it:
-# the part of Y_i computed so far waits in row i + 1 until X_{i+1} overwrites it. So let row i + 1
-# of a square matrix A be DWA i, with 1 on the diagonal; then Y_i is one product, row i + 1 of A
-# times rows lo..i+1 of X. In the backward pass the same holds for A.T and for G, with G_i in row
-# i + 1.
+# A tile's product needs memory for b rows. The rows of X after lo are still free, so it goes there:
+# the part of Y_i from older tiles waits in row i + 1 until X_{i+1} overwrites it. Then Y_i is one
+# product again, of rows lo..i+1 of X with the weights alpha[i, lo], ..., alpha[i, i], 1. These are
+# in row i + 1 of a matrix A, which is DWA i with a 1 on the diagonal. Backward, with G_m in row
+# m + 1 of G, the same works with columns of A: the part of dX_j from newer tiles waits in row j of
+# G, and column j of A holds its weight, 1, and below it alpha[j, j], alpha[j+1, j], ...
 #
-# The X of a tile are no longer needed once its dalpha is computed. So G is stored b rows below X,
-# over the X of the next tile, and one buffer of L + 2 + b rows holds both.
+# The X of a tile are no longer needed once its dalpha is computed. So row r of G is row r + b of X:
+# G overwrites the X of the tile after its own, which the backward pass has finished.
 #
-# Products are in the dtype of the activations and sum in float32, as every Linear under autocast
-# does.
+# Products take the dtype of the activations and sum in float32 (float64 for float64), like a Linear
+# in that dtype. What waits in the buffer is rounded to that dtype once more.
 
 TILE = 8  # rows of a tile, b: near sqrt(L) for the paper's depths, and aligned for tensor cores
 
@@ -598,20 +603,19 @@ class InPlacePass:
 
     Step 0 receives alpha as its order, so it returns the gradient of alpha. The pass holds the
     chain, which holds the buffer; the buffer must not hold the chain, because a reference cycle
-    would keep its memory alive.
+    would keep the buffer's memory alive.
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
-        self.buffer, self.start = InPlaceBuffer(alpha, x), (x, alpha)
-        self.order: Tensor | None = None
+        self.buffer = InPlaceBuffer(alpha, x)
+        # Step 0 now, not with step 1: a block may then modify X_0, its input, in place.
+        _, self.order = InPlaceStep.apply(x, alpha, self.buffer, 0)
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
         if not (torch.is_grad_enabled() or x.requires_grad):
             return self.buffer.forward(i, x)
         with torch.enable_grad():  # under no_grad too: a later Y may pass a gradient to X_i
-            if self.order is None:  # step 0, which inference does not need
-                _, self.order = InPlaceStep.apply(*self.start, self.buffer, 0)
             y, self.order = InPlaceStep.apply(x, self.order, self.buffer, i)
         return y if torch.is_grad_enabled() else y.detach()
 
@@ -634,9 +638,10 @@ class InPlaceStep(torch.autograd.Function):
 class InPlaceBuffer:
     """The computation and its memory, with the N elements of an activation in S slices.
 
-    X   (S, L + 2 + b, N / S): row i is X_i, or until then the sum over older tiles for Y_{i-1}
-    G   the rows of X from b on: row i + 1 is G_i, or until then that over newer tiles for dX_{i+1}
-    A   (L + 2, columns): row i + 1 is DWA i, and the diagonal is 1
+    X        (S, L + 2 + b, N / S): row i is X_i; before that, the part of Y_{i-1} from older tiles
+    G        X from row b on: row i + 1 is G_i; before that, the part of dX_{i+1} from newer tiles
+    A        (L + 2, columns): row i + 1 is DWA i, and the diagonal is 1
+    alpha_T  (L + 1, columns): column i is DWA i
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
@@ -646,8 +651,9 @@ class InPlaceBuffer:
         self.X = x.new_empty(self.S, self.L + 2 + self.b, x.numel() // self.S)
         self.G = self.X[:, self.b :]
         self.X[:, 0] = x.detach().reshape(self.S, -1)
-        # Rows of a multiple of 8 entries keep tiles aligned for tensor cores. cuBLAS is twice as
-        # fast with a transposed matrix on the left, so tiles use A.T and, forward, alpha_T.T.
+        # Rows of a multiple of 8 entries keep tiles aligned for tensor cores; A needs at least one
+        # more than alpha, for the diagonal. cuBLAS is twice as fast if the matrix on the left is
+        # transposed: backward tiles use A.T, forward tiles alpha_T.T.
         A = F.pad(alpha.detach(), (0, 8 - len(alpha) % 8, 1, 0))
         self.A = A.fill_diagonal_(1).to(x.dtype)
         self.alpha_T = F.pad(alpha.detach().T, (0, -len(alpha) % 8)).to(x.dtype)
@@ -664,40 +670,41 @@ class InPlaceBuffer:
                 f"has begun: got step {i}, expected {self.next}. (Checkpointing may wrap blocks; "
                 f"around DWAs it needs impl='naive' and use_reentrant=False.)"
             )
+        if not x.device == self.X.device == self.A.device:
+            raise RuntimeError(f"X_{i}, X_0 and alpha must be on one device for an in-place DWA")
         A, X, lo = self.A, self.X, i - i % self.b
         hi = min(lo + self.b, self.L + 1)
         self.next = i + 1
         if lo == i > 0:  # a new tile begins
             matmul(self.alpha_T[:lo, lo:hi].T, X[:, :lo], out=X[:, lo + 1 : hi + 1])
         end = i + 2 if lo else i + 1  # the first tile has no older ones
-        y = append(X, i, x, A[i + 1, lo:end], lo)
-        return y.resize_(self.shape).to(x.dtype)  # not a view: the next block may modify it
+        return write_and_sum(X, i, x, A[i + 1, lo:end], lo).to(x.dtype)
 
     def backward(self, i: int, g: Tensor | None) -> Tensor:
         """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
         task = torch._C._current_graph_task_id()
         if self.task == -1:
-            self.task, self.last, self.end = task, i + 1, i + 1  # no later Y has a gradient
+            self.task, self.previous, self.top = task, i + 1, i + 1  # no later Y has a gradient
         if self.task != task or torch.is_grad_enabled():  # enabled only by create_graph=True
             raise RuntimeError(
                 "an in-place DWA supports one backward pass, which overwrites its buffer, and no "
                 "double backward; DWA(..., impl='naive') has neither limit"
             )
-        if i + 1 < self.last:  # step i + 1 ran under no_grad, so its G is 0
-            self.backward(i + 1, None)
-        self.last = i
+        for skipped in range(self.previous - 1, i, -1):  # ran under no_grad, so their G is 0
+            self.backward(skipped, None)
+        self.previous = i
         A, X, G, lo = self.A, self.X, self.G, i - i % self.b
-        hi, end = min(lo + self.b, self.end), self.end
-        if i == hi - 1 and hi < end:  # a new tile begins
-            matmul(A[hi + 1 : end + 1, lo:hi].T, G[:, hi + 1 : end + 1], out=G[:, lo:hi])
-        begin = i if hi < end else i + 1  # the last tile has no newer ones
+        hi, top = min(lo + self.b, self.top), self.top
+        if i == hi - 1 and hi < top:  # a new tile begins
+            matmul(A[hi + 1 : top + 1, lo:hi].T, G[:, hi + 1 : top + 1], out=G[:, lo:hi])
+        first = i if hi < top else i + 1  # the last tile has no newer ones
         g = X.new_zeros(self.shape) if g is None else g
-        dx = append(G, i + 1, g, A[begin : hi + 1, i], begin)
+        dx = write_and_sum(G, i + 1, g, A[first : hi + 1, i], first)
         if i == lo and self.dalpha is not None:  # the tile is complete
             dots = X.new_empty(self.S, hi - lo, hi)  # out= keeps autocast away
             torch.bmm(G[:, lo + 1 : hi + 1], X[:, :hi].mT, out=dots)
             self.dalpha[lo:hi, :hi] = dots.sum(0, dtype=self.dalpha.dtype)
-        return dx.view(self.shape)
+        return dx
 
     def free(self) -> Tensor | None:
         """Free the memory at the end of the backward pass; return dLoss/dalpha, if needed."""
@@ -708,47 +715,47 @@ class InPlaceBuffer:
 def matmul(A: Tensor, X: Tensor, out: Tensor):
     """Write A @ X to out, with A (r, m), X (S, m, n), out (S, r, n); autocast does not apply."""
     A = A.expand(len(X), -1, -1)
-    if out.is_contiguous() or out.is_cuda:
+    if out.is_contiguous():
         torch.bmm(A, X, out=out)
     else:  # torch.bmm uses all cores of a CPU only if its output is contiguous
         out.copy_(torch.bmm(A, X, out=X.new_empty(out.shape)))
 
 
-def append(X: Tensor, i: int, x: Tensor, a: Tensor, lo: int) -> Tensor:
-    """Write x to row i of X, (S, rows, n); return the sum over k of a[k] * X[:, lo + k], (S, n).
+def write_and_sum(X: Tensor, i: int, x: Tensor, a: Tensor, first: int) -> Tensor:
+    """Write x to row i of X, (S, rows, n); return the sum over k of a[k] * X[:, first + k].
 
-    Row i is one of the rows that are summed.
+    Row i is one of the rows that are summed. The sum has the shape of x.
     """
-    y = X.new_empty(len(X), X.size(2))
-    if triton and X.is_cuda and X.itemsize <= 4:
+    y = X.new_empty(x.shape)  # not a view: a block may modify it in place
+    if triton and X.is_cuda and X.dtype != torch.float64:  # the kernel sums in float32
         with torch.cuda.device(X.device):
-            append_kernel[(triton.cdiv(X.size(2), 1024),)](
-                X, i, x.contiguous(), a, lo, len(a), y, X.size(2), X.stride(1), a.stride(0),
+            write_and_sum_kernel[(triton.cdiv(X.size(2), 1024),)](
+                X, i, x.contiguous(), a, first, len(a), y, X.size(2), X.stride(1), a.stride(0),
                 MAX=TILE + 1, BLOCK=1024, num_warps=8,
             )  # fmt: skip
     else:
         X[:, i] = x.reshape(len(X), -1)
-        matmul(a[None], X[:, lo : lo + len(a)], out=y.unsqueeze(1))
+        matmul(a[None], X[:, first : first + len(a)], out=y.view(len(X), 1, -1))
     return y
 
 
-# For a product with one row, cuBLAS reaches 1 TB/s on an H200 and this kernel 3.5, of 4.2.
+# For a product with one row, cuBLAS reaches 1 TB/s on an H200, this kernel 3.5, and a copy 4.2.
 if triton:
 
-    @triton.jit(do_not_specialize=["i", "lo", "m"])
-    def append_kernel(
-        X, i, x, a, lo, m, y, n, X_stride: tl.int64, a_stride,
+    @triton.jit(do_not_specialize=["i", "first", "m"])
+    def write_and_sum_kernel(
+        X, i, x, a, first, m, y, n, X_stride: tl.int64, a_stride,
         MAX: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """append() for S = 1 and m = len(a) <= MAX, which reads and writes each number once."""
+        """write_and_sum() for S = 1 and m = len(a) <= MAX; reads and writes each number once."""
         columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < n
         new = tl.load(x + columns, mask=inside).to(X.dtype.element_ty)
         tl.store(X + i * X_stride + columns, new, mask=inside)
-        total = tl.load(a + (i - lo) * a_stride).to(tl.float32) * new.to(tl.float32)
+        total = tl.load(a + (i - first) * a_stride).to(tl.float32) * new.to(tl.float32)
         for k in tl.static_range(MAX):
-            read = (k < m) & (lo + k != i)
+            read = (k < m) & (first + k != i)
             weight = tl.load(a + k * a_stride, mask=read, other=0.0).to(tl.float32)
-            old = tl.load(X + (lo + k) * X_stride + columns, mask=inside & read, other=0.0)
+            old = tl.load(X + (first + k) * X_stride + columns, mask=inside & read, other=0.0)
             total += weight * old.to(tl.float32)
         tl.store(y + columns, total, mask=inside)

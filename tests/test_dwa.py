@@ -397,6 +397,17 @@ def test_blocks_that_write_to_their_input_where_it_is_not_counted(pattern):
     torch._dynamo.reset()
 
 
+def test_inplace_trains_blocks_that_write_to_their_input():
+    net, x = WithInPlaceBlocks("1x1"), torch.randn(4, 8, dtype=torch.float64)
+    results = []
+    for in_place in (True, False):
+        net.zero_grad()
+        y = net(x, in_place)  # the first block modifies X_0
+        y.sum().backward()
+        results.append((y, gradients(net)))
+    assert_same(*results)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torch_func_and_tracing_take_the_formula():
     model = tiny(n_layer=3)
