@@ -242,6 +242,8 @@ def explain(error: BaseException) -> str:
             "out of memory: use a smaller batch (in train.py, lower --batch_size and raise "
             "--gradient_accumulation_steps by the same factor)"
         )
+    if "Failed to find C compiler" in str(error):
+        return "Triton found no C compiler: install one, or use --compile=False --dwa_impl naive"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2]).strip()
         return f"torch.compile failed: {reason}; --compile=False runs without it"

@@ -132,9 +132,9 @@ class DWA(nn.Module):
     the memory traffic, but supports only one backward pass, no double backward and no forward-mode
     differentiation. It stores all X_j in the dtype of X_0, and they must be finite even where no
     DWA reads them; Y_i is contiguous. It falls back to naive for sparse masks, where naive is
-    faster, for integers, and under torch.compile, torch.export, torch.jit.trace and torch.func.
-    Raises ValueError for an unknown impl, or for a pattern that is unknown or has no DWA in
-    n_layer blocks.
+    faster, for complex numbers, and under torch.compile, torch.export, torch.jit.trace and
+    torch.func. Raises ValueError for an unknown impl, or for a pattern that is unknown or has no
+    DWA in n_layer blocks.
     """
 
     def __init__(self, n_layer: int, pattern: str = "1x1", impl: str = "inplace"):
@@ -177,7 +177,8 @@ class DWA(nn.Module):
         """
         with torch.inference_mode(False):  # else training could not use them later
             mask, start = (constant.to(self.alpha.device) for constant in self._constants)
-        if not (self.alpha.is_meta or torch.compiler.is_compiling()):
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if type(mask) is Tensor and not (mask.is_meta or traced):
             self._constants = mask, start
         return mask, start
 
@@ -204,6 +205,7 @@ class DWA(nn.Module):
     @torch.enable_grad()  # alpha learns even if the first blocks run under no_grad
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
+        check_dtype(0, x)
         if not self.read:  # no DWA at all
             return NaivePass(self.alpha, self.rows, self.read, x)
         alpha = F.pad(self.weights(), (0, 0, 1, 0))  # a zero row first, so that row i is DWA i
@@ -263,6 +265,12 @@ def check_step(i: int, L: int, x: Tensor, shape: torch.Size):
         raise RuntimeError(f"DWA step {i} is out of range: the steps are 1..{L}")
     if x.shape != shape:
         raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, but X_0 has {tuple(shape)}")
+    check_dtype(i, x)
+
+
+def check_dtype(i: int, x: Tensor):
+    if not (x.is_floating_point() or x.is_complex()):
+        raise RuntimeError(f"X_{i} has dtype {x.dtype}, but averages need floating-point numbers")
 
 
 # -----------------------------------------------------------------------------
@@ -613,6 +621,7 @@ class InPlacePass:
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
+        check_step(i, self.buffer.L, x, self.buffer.shape)
         if not (torch.is_grad_enabled() or x.requires_grad):
             return self.buffer.forward(i, x)
         with torch.enable_grad():  # under no_grad too: a later Y may pass a gradient to X_i
@@ -663,7 +672,6 @@ class InPlaceBuffer:
 
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i."""
-        check_step(i, self.L, x, self.shape)
         if i != self.next or self.task != -1:
             raise RuntimeError(
                 f"an in-place DWA takes each step once, in order, and none after its backward pass "

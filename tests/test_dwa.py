@@ -241,6 +241,20 @@ def too_many_steps(dwa, blocks, x):
     run(dwa, [*blocks, blocks[0]], x)
 
 
+def steps_from_zero(dwa, blocks, x):
+    depth = dwa(x)
+    for i, block in enumerate(blocks):
+        x = depth.step(i, block(x))
+
+
+def integers(dwa, blocks, x):
+    dwa(torch.ones(2, 3, 8, dtype=torch.int64))
+
+
+def integers_later(dwa, blocks, x):
+    dwa(x).step(1, torch.ones(2, 3, 8, dtype=torch.int64))
+
+
 def other_shape(dwa, blocks, x):
     dwa(x).step(1, x[:1])
 
@@ -251,7 +265,8 @@ def x_modified_in_place(dwa, blocks, x):
 
 
 WRONG = [second_backward, second_other_backward, second_derivative, create_graph]
-WRONG += [checkpoint_around_dwas, skipped_step, too_many_steps, other_shape, x_modified_in_place]
+WRONG += [checkpoint_around_dwas, skipped_step, too_many_steps, steps_from_zero, other_shape]
+WRONG += [integers, integers_later, x_modified_in_place]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
