@@ -85,15 +85,16 @@ def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-def load_weights(checkpoint: dict[str, Any], model: DenseFormer, tokenizer: Tokenizer):
+def load_weights(checkpoint: dict[str, Any], path: Path, model: DenseFormer, tokenizer: Tokenizer):
     """Load the weights of a checkpoint, and those of its alphas that are in the model's pattern.
 
     The other alphas start at 0, or at the identity in rows where the checkpoint has no DWA. Raises
-    ValueError for another tokenizer, RuntimeError for a model of another shape.
+    CheckpointError, which names the path, for a model of another shape or tokenizer.
     """
-    if checkpoint["tokenizer"] != tokenizer.state():
-        raise ValueError("it has a different tokenizer than the data")
-    model.load_state_dict(checkpoint["model"])
+    with checkpoint_errors(path):
+        if checkpoint["tokenizer"] != tokenizer.state():
+            raise CheckpointError(f"{path} has a different tokenizer than the data")
+        model.load_state_dict(checkpoint["model"])
     start = DWA(model.config.n_layer, model.config.dwa).alpha.to(model.dwa.alpha)
     with torch.no_grad():
         alpha = model.dwa.weights()  # 0 outside the mask

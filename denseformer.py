@@ -175,11 +175,12 @@ class DWA(nn.Module):
         and a model built on the meta device still has their values. Outside of torch.compile, they
         are copied to a GPU only once, since each copy waits for the GPU to finish its work.
         """
-        with torch.inference_mode(False):  # else training could not use them later
-            mask, start = (constant.to(self.alpha.device) for constant in self._constants)
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if type(mask) is Tensor and not (mask.is_meta or traced):
-            self._constants = mask, start
+        mask, start = self._constants
+        if mask.device != self.alpha.device:
+            with torch.inference_mode(False):  # else training could not use them later
+                mask, start = mask.to(self.alpha.device), start.to(self.alpha.device)
+            if type(mask) is Tensor and not (mask.is_meta or is_traced()):
+                self._constants = mask, start
         return mask, start
 
     @property
@@ -217,10 +218,14 @@ class DWA(nn.Module):
         # In-place traffic does not depend on the mask. With fewer than about 2.5 mask entries per
         # block, the naive pass moves less.
         dense = self.num_params() >= 2.5 * self.n_layer
-        # Tracers cannot follow writes to the buffer: torch.compile and export, jit, torch.func.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        traced = traced or torch._C._are_functorch_transforms_active()
-        return self.impl == "inplace" and dense and x.is_floating_point() and not traced
+        # Tracers cannot follow writes to the buffer.
+        return self.impl == "inplace" and dense and x.is_floating_point() and not is_traced()
+
+
+def is_traced() -> bool:
+    """Return whether torch.compile, torch.export, torch.jit.trace or torch.func is at work."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or torch._C._are_functorch_transforms_active()
 
 
 class NaivePass:
@@ -709,8 +714,8 @@ class InPlaceBuffer:
         g = X.new_zeros(self.shape) if g is None else g
         dx = write_and_sum(G, i + 1, g, A[first : hi + 1, i], first)
         if i == lo and self.dalpha is not None:  # the tile is complete
-            dots = X.new_empty(self.S, hi - lo, hi)  # out= keeps autocast away
-            torch.bmm(G[:, lo + 1 : hi + 1], X[:, :hi].mT, out=dots)
+            dots = X.new_empty(self.S, hi - lo, hi)
+            matmul(G[:, lo + 1 : hi + 1], X[:, :hi].mT, out=dots)
             self.dalpha[lo:hi, :hi] = dots.sum(0, dtype=self.dalpha.dtype)
         return dx
 
@@ -721,7 +726,10 @@ class InPlaceBuffer:
 
 
 def matmul(A: Tensor, X: Tensor, out: Tensor):
-    """Write A @ X to out, with A (r, m), X (S, m, n), out (S, r, n); autocast does not apply."""
+    """Write A @ X to out, also under autocast, which ignores calls with out=.
+
+    A is (r, m) or (S, r, m), X is (S, m, n), out is (S, r, n).
+    """
     A = A.expand(len(X), -1, -1)
     if out.is_contiguous():
         torch.bmm(A, X, out=out)

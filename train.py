@@ -482,8 +482,8 @@ def train(config, checkpoint, device, signals):
         with checkpoint_errors(out_dir / "last.pt"):
             if checkpoint["fingerprint"] != fingerprint:
                 raise UserError(f"{dataset.name} is not the data that {out_dir} was trained on")
-            model.load_state_dict(checkpoint.pop("model"))  # and free it
-            for optimizer, state in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
+            model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 # keep weight decay and betas from the flags, not from the checkpoint
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict(state | {"param_groups": groups})
@@ -492,8 +492,9 @@ def train(config, checkpoint, device, signals):
             step, best_val_loss = int(checkpoint["step"]), float(checkpoint["best_val_loss"])
         say(f"resuming from step {step}")
     elif config.init_from:
-        with checkpoint_errors(Path(config.init_from)):
-            load_weights(checkpoint, model, tokenizer)
+        load_weights(checkpoint, Path(config.init_from), model, tokenizer)
+    if checkpoint:
+        checkpoint.clear()  # free its memory
 
     # 5. Compile and DDP
     has_triton = device.type == "cuda" and find_spec("triton") is not None  # not on Windows

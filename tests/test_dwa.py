@@ -20,8 +20,8 @@ from denseformer import DWA, DenseFormer
 from optim import configure_optimizers
 from test_denseformer import IDX, Formula, all_outputs, assert_same, gradients, randomize, tiny
 
-# The pattern of a pruned model: some rows do not read their own X_i.
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# The pattern of a pruned model: some rows do not read their own X_i.
 HOLES = "3:0,2+4:1+5:0,1,2,3+6:2,6+7:0,1,4,5,6+8:1,3,5,6,7+9:0,1,5,7"
 
 
@@ -617,7 +617,7 @@ def test_memory_is_one_buffer_and_one_tile(monkeypatch):
     for kind in ("1x1", ("1x1", "inference")):
         plain = "none" if kind == "1x1" else ("none", "inference")
         more = (peak[kind] - peak[plain]) / x.nbytes
-        assert 24 < more <= 25 + 3 + 3 + 0.5  # L + 1 + b rows, a tile of b
+        assert 24 < more <= 25 + 3 + 3 + 0.5  # the buffer, a tile of b
 
 
 def test_traffic_and_operations():
@@ -637,12 +637,11 @@ def test_traffic_and_operations():
 def test_every_precision_is_close_to_float64(device, dtype, tolerance, shape, impl):
     """Use 48 blocks and alphas like trained ones: near the identity, with many small entries."""
     results = []
-    for kind in (dtype, torch.float64):
+    for kind, place, how in ((dtype, device, impl), (torch.float64, "cpu", "naive")):
         torch.manual_seed(0)
-        dwa = DWA(48, "1x1", impl if results == [] else "naive")
+        dwa = DWA(48, "1x1", how)
         with torch.no_grad():
             dwa.alpha += 0.03 * torch.randn(48, 49) * dwa.mask
-        place = device if results == [] else "cpu"
         dwa.to(place, torch.promote_types(kind, torch.float32))
         X = torch.randn(49, *shape).cumsum(0).to(dtype).to(place, kind).requires_grad_()
         depth = dwa(X[0])
