@@ -24,17 +24,17 @@ DATASETS: dict[str, Callable[[str | None, int], Dataset]] = {
     "openwebtext": openwebtext.load,  # 80 shards of 300 MB, downloaded
 }
 
-PATIENCE = 5.0  # seconds for Tiny Shakespeare to arrive if nobody named a data set
+PATIENCE = 5.0  # seconds to wait for Tiny Shakespeare if no data set was named
 
 
 def load(
     name: str | None, block_size: int, tokenizer: str | None = None, n_shards: int = 1
 ) -> Dataset:
-    """Return the data set of that name in DATASETS, or made of the text at that path.
+    """Return the data set with this name in DATASETS, or one made from the text at this path.
 
-    None stands for Tiny Shakespeare, or for pydoc if Tiny Shakespeare cannot be downloaded.
+    None means Tiny Shakespeare, or pydoc if Tiny Shakespeare cannot be downloaded.
     tokenizer is char, byte, gpt2, or None to choose by the text. n_shards is for openwebtext.
-    Raises DataError if the data cannot be had, or if a split is too short for one window of
+    Raises DataError if the data cannot be loaded, or if a split is too short for one window of
     block_size tokens and the token after it.
     """
     if name is None:
@@ -62,8 +62,8 @@ def load_default(tokenizer: str | None) -> Dataset:
         return shakespeare.load(tokenizer, deadline=PATIENCE)
     except DataError as error:
         print(
-            f"TINY SHAKESPEARE IS OUT OF REACH ({error}): TRAINING ON PYTHON'S LANGUAGE REFERENCE "
-            f"INSTEAD. To insist, use --dataset shakespeare; or use --dataset YOUR.txt",
+            f"CANNOT DOWNLOAD TINY SHAKESPEARE ({error}): TRAINING ON PYTHON'S LANGUAGE REFERENCE "
+            f"INSTEAD. To require it, use --dataset shakespeare; or use --dataset YOUR.txt",
             flush=True,
         )
         return pydoc_topics.load(tokenizer)

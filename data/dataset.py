@@ -1,4 +1,4 @@
-"""What a data set is, a text as a data set, and windows of tokens as batches."""
+"""The Dataset class, data sets made from a text, and batches of token windows."""
 
 import zlib
 from dataclasses import dataclass
@@ -53,8 +53,8 @@ def stack_windows(
 ) -> tuple[Tensor, Tensor]:
     """Return x, the windows of `tokens` at these offsets, and y, the tokens that follow: (B, T).
 
-    The end of the tokens, and the rows of the shape (B, T) beyond the last offset, have targets of
-    -1, which the loss ignores: a compiled model then sees one shape only. Raises DataError for a
+    Positions past the end of the tokens, and rows without an offset, have target -1, which the
+    loss ignores: all batches have one shape, so a model is compiled once. Raises DataError for a
     token outside the vocabulary.
     """
     B, T = shape
@@ -77,9 +77,9 @@ def stack_windows(
 
 
 def eval_offsets(tokens, block_size: int, limit: int) -> np.ndarray:
-    """Return where adjacent windows begin that predict each token once.
+    """Return the offsets of adjacent windows that together predict each token once.
 
-    If these are more than `limit`, then `limit` evenly spaced ones of them, always the same.
+    If there are more than `limit`, return that many evenly spaced ones, the same every time.
     """
     offsets = np.arange(0, len(tokens) - 1, block_size)
     if len(offsets) > limit:

@@ -1,4 +1,4 @@
-"""Download a file once: resumed, retried and verified, so that it is whole or not there at all."""
+"""Download a file once, with resuming, retries and verification: it is complete or absent."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from data.progress import make_once, progress_bar, say
 
 CHUNK = 1 << 14  # bytes; a broken connection loses less than one chunk
 TIMEOUT = (5.0, 15.0)  # seconds to connect, and to wait for the next bytes
-TRIES = 4  # attempts in a row that bring nothing new
+TRIES = 4  # attempts in a row without progress
 BACKOFF = 1.0  # seconds before the second attempt; each later pause is twice as long
 RATE_LIMIT = 30.0  # the same after a 429 that does not say how long to wait
 RESERVE = 100_000_000  # bytes of disk to leave free
@@ -40,8 +40,8 @@ def cache_dir() -> Path:
 def fetch(url: str, path: Path, sha256: str | None = None, deadline: float | None = None) -> Path:
     """Return `path`, after downloading the file at `url` to it unless it is there already.
 
-    url is an http(s) address or the path of a local copy. sha256 defaults to what the hub tells.
-    An interrupted download is resumed, by a later run too, if the server tags its content.
+    url is an http(s) address or the path of a local copy. sha256 defaults to the one that the hub
+    sends. An interrupted download is resumed, by a later run too, if the server sends an ETag.
     Processes that want the same file share one download. With a deadline in seconds there is a
     single attempt. Raises DataError with the reason.
     """
@@ -82,7 +82,7 @@ def verify(part: Path, sha256: str | None) -> None:
     """Raise Failed if the file has another sha256; the next attempt then starts from zero."""
     if not is_whole(part, sha256):
         part.with_suffix(".tag").unlink(missing_ok=True)
-        raise Failed(f"what arrived does not have the sha256 {sha256}")
+        raise Failed(f"the downloaded file does not have the sha256 {sha256}")
 
 
 def download(url: str, part: Path, sha256: str | None, deadline: float | None) -> None:
@@ -102,13 +102,13 @@ def download(url: str, part: Path, sha256: str | None, deadline: float | None) -
     finally:
         stop.set()
     if thread.is_alive():
-        raise Failed(f"not done in {deadline:.0f} seconds")
+        raise Failed(f"not finished within {deadline:.0f} seconds")
     if errors:
         raise errors[0]
 
 
 def attempts(url: str, part: Path, sha256: str | None, tries: int, stop: threading.Event) -> None:
-    """Receive the file, retrying until `tries` attempts in a row have brought nothing new."""
+    """Receive the file, retrying until `tries` attempts in a row have made no progress."""
     failures = furthest = 0
     while not stop.is_set():
         try:
@@ -175,9 +175,9 @@ def receive(url: str, part: Path, sha256: str | None, stop: threading.Event) -> 
 
 
 def refusal(response: requests.Response) -> Failed:
-    """Return the failure that an HTTP status means, with the hub's own message."""
+    """Return the failure for an HTTP error status, with the hub's own message."""
     status = response.status_code
-    why = f"the server answers {status} {response.reason}"
+    why = f"the server answered {status} {response.reason}"
     if message := response.headers.get("X-Error-Message"):
         why += f": {message}"
     if status in (401, 403) and hub_auth((*response.history, response)[0].url):
@@ -215,7 +215,7 @@ def hub_auth(url: str) -> Callable | None:
 
 UNTRUSTED = "the server's certificate is not trusted (behind a proxy, set REQUESTS_CA_BUNDLE)"
 MALFORMED = "the address is malformed"
-REASONS = {  # what the first of these kinds among the causes of an error means
+REASONS = {  # by error type; the first type found among an error's causes counts
     filelock.Timeout: "another process is still preparing it",
     requests.exceptions.ProxyError: "the proxy refuses the connection or cannot be reached",
     ssl.SSLCertVerificationError: UNTRUSTED,

@@ -35,16 +35,14 @@ def load(kind: str | None, n: int) -> Dataset:
         raise DataError(f"openwebtext comes as GPT-2 tokens, so --tokenizer cannot be {kind}")
     if not 1 <= n <= SHARDS:
         raise DataError(f"openwebtext has shards 1 to {SHARDS}, so --shards cannot be {n}")
-    if find_spec("pyarrow") is None:
-        raise DataError("openwebtext needs pyarrow: pip install pyarrow")
     tokenizer = GPT2Tokenizer()
     folder = download.cache_dir() / "openwebtext"
-    train, val = [folder / f"{i:02d}.train.bin" for i in range(n)], folder / "val.bin"
+    train, val = [folder / f"train-{i:02d}.bin" for i in range(n)], folder / "val.bin"
     try:
         for i in range(n):
             prepare(i, train[i], val, tokenizer)
-        tokens = shards.ConcatTokens([shards.read(path) for path in train])
-        return Dataset("openwebtext", tokens, shards.read(val), tokenizer)
+        tokens = shards.ConcatTokens([shards.read(path, "u2") for path in train])
+        return Dataset("openwebtext", tokens, shards.read(val, "u2"), tokenizer)
     except OSError as error:
         raise DataError(f"openwebtext: {error.filename or folder}: {error.strerror}") from None
 
@@ -53,13 +51,15 @@ def prepare(i: int, train: Path, val: Path, tokenizer: GPT2Tokenizer) -> None:
     """Make `train` of shard i, and `val` if i is 0, unless they are there already."""
 
     def make() -> None:
+        if find_spec("pyarrow") is None:
+            raise DataError("openwebtext needs pyarrow: pip install pyarrow")
         url = os.environ.get("OPENWEBTEXT_URL") or f"{download.hub_url()}/{REPOSITORY}"
         parquet = train.with_name(f"{i:02d}.parquet")
         download.fetch(f"{url.rstrip('/')}/{NAME.format(i)}", parquet)
         held_out: list[np.ndarray] = []  # one percent, some 2 MB
-        shards.write(train, 2, tokenize(parquet, tokenizer, held_out))
+        shards.write(train, "u2", tokenize(parquet, tokenizer, held_out))
         if i == 0:
-            shards.write(val, 2, held_out)
+            shards.write(val, "u2", held_out)
         parquet.unlink()
 
     make_once(train, make, lambda: train.exists() and val.exists())

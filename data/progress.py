@@ -1,4 +1,4 @@
-"""Show the progress of long work, and let one process at a time do it."""
+"""Progress bars, and a lock that lets one process at a time do a job."""
 
 import sys
 from collections.abc import Callable

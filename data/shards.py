@@ -1,16 +1,7 @@
-"""Token ids on disk: one array per file, written whole or not at all, and memory-mapped.
-
-A file is a header of 24 bytes, little-endian, followed by the ids:
-
-    8 bytes   DFTOKENS
-    4 bytes   version, 1
-    4 bytes   bytes per id, 1 or 2
-    8 bytes   number of ids
-"""
+"""Token ids on disk, as nanoGPT keeps them: bare integers, memory-mapped."""
 
 import contextlib
 import os
-import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.errors import DataError
-
-HEADER = struct.Struct("<8sIIQ")
-MAGIC, VERSION = b"DFTOKENS", 1
-
 
 @contextlib.contextmanager
 def open_new(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write, which replaces the one at `path` when it is complete.
+    """Open a temporary file for writing; it replaces `path` once complete.
 
     One process at a time may write to a path; it overwrites what a killed one left.
     """
@@ -42,27 +28,18 @@ def open_new(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def write(path: Path, bytes_per_id: int, arrays: Iterable[np.ndarray]) -> None:
-    """Write arrays of ids, one after the other, to a new file."""
-    count = 0
+def write(path: Path, dtype: str, arrays: Iterable[np.ndarray]) -> None:
+    """Write the concatenation of some arrays of ids to a new file."""
     with open_new(path) as file:
-        file.write(bytes(HEADER.size))
         for ids in arrays:
-            file.write(ids.astype(f"<u{bytes_per_id}", copy=False).tobytes())
-            count += len(ids)
-        file.seek(0)
-        file.write(HEADER.pack(MAGIC, VERSION, bytes_per_id, count))
+            file.write(ids.astype(dtype, copy=False).tobytes())
 
 
-def read(path: Path) -> np.ndarray:
-    """Return the ids in a file, memory-mapped. Raises DataError for a damaged file."""
-    with path.open("rb") as file:
-        header = file.read(HEADER.size).ljust(HEADER.size)
-    magic, version, width, count = HEADER.unpack(header)
-    size = HEADER.size + width * count
-    if (magic, version) != (MAGIC, VERSION) or path.stat().st_size != size:
-        raise DataError(f"{path} is damaged, or from another version: delete it and run again")
-    return np.asarray(np.memmap(path, f"<u{width}", "r", HEADER.size, (count,)))
+def read(path: Path, dtype: str) -> np.ndarray:
+    """Return the ids in a file, memory-mapped."""
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, "r"))
 
 
 class ConcatTokens:

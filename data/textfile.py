@@ -19,8 +19,8 @@ from data.tokenizer import GPT2Tokenizer, Tokenizer, make_tokenizer
 LARGE = 100_000_000  # bytes; the tokens of a longer text are kept in a file, not in memory
 CHUNK = 1 << 20  # bytes to read at a time
 
-# The last place where white space begins. GPT-2 begins a new token there, so a text that is cut
-# there keeps its tokens.
+# The last place where white space begins. GPT-2 begins a new token there, so cutting a text there
+# does not change its tokens.
 CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
@@ -62,7 +62,7 @@ def load(name: str, kind: str | None) -> Dataset:
 
 
 def encode(files: list[Path], tokenizer: Tokenizer, size: int) -> np.ndarray:
-    """Return the ids of the files, one after the other: in memory, or in the cache if that pays.
+    """Return the ids of the files, one after the other; those of a long text are memory-mapped.
 
     size is that of the whole text in bytes. The end token, if there is one, follows each file.
     """
@@ -77,15 +77,16 @@ def encode(files: list[Path], tokenizer: Tokenizer, size: int) -> np.ndarray:
         return np.concatenate(list(iter_ids()))
     facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = zlib.crc32(repr((facts, tokenizer.state())).encode())
-    shard = cache_dir() / "text" / f"{files[0].stem}-{key:08x}.bin"
+    dtype = "u1" if tokenizer.vocab_size <= 256 else "u2"
+    shard = cache_dir() / "text" / f"{files[0].stem}-{key:08x}.{dtype}"
 
     def make() -> None:
         total = sum(file.stat().st_size for file in files)
         with progress_bar(f"tokenizing {files[0].name}", total, "B") as bar:
-            shards.write(shard, 1 if tokenizer.vocab_size <= 256 else 2, iter_ids(bar))
+            shards.write(shard, dtype, iter_ids(bar))
 
     make_once(shard, make, shard.exists)
-    return shards.read(shard)
+    return shards.read(shard, dtype)
 
 
 def iter_text(path: Path, bar: tqdm | None = None) -> Iterator[str]:
@@ -118,16 +119,16 @@ def load_bins(name: str, kind: str | None) -> Dataset:
     folder = Path(name)
     if (folder / "meta.pkl").exists():
         raise DataError(
-            f"{folder} has tokens that only its meta.pkl explains, and a pickle can run any code; "
-            f"give the text itself: --dataset {folder}/input.txt"
+            f"{folder} defines its tokens in meta.pkl, which is not loaded because a pickle can "
+            f"run any code; give the text itself: --dataset {folder}/input.txt"
         )
     if kind not in (None, "gpt2"):
         raise DataError(f"{folder} has GPT-2's tokens, so --tokenizer cannot be {kind}")
     tokenizer, splits = GPT2Tokenizer(), []
     for path in (folder / "train.bin", folder / "val.bin"):
-        head = np.fromfile(path, "<u2", 1_000_000)
+        head = np.fromfile(path, "u2", 1_000_000)
         is_32_bit = not head[1::2].any()  # the upper halves of the numbers are 0
         if is_32_bit or path.stat().st_size % 2 or head.max() > tokenizer.end:
             raise DataError(f"{path} does not hold GPT-2's tokens as 16-bit numbers")
-        splits.append(np.asarray(np.memmap(path, "<u2", "r")))
+        splits.append(shards.read(path, "u2"))
     return Dataset(name, splits[0], splits[1], tokenizer)

@@ -33,8 +33,6 @@ class CharTokenizer(Tokenizer):
     end = None
 
     def __init__(self, chars: str):
-        if len(chars) > 1 << 16:
-            raise DataError(f"{len(chars):,} characters do not fit 16 bits: use --tokenizer byte")
         self.chars, self.vocab_size = chars, len(chars)
         self.codes = np.array([ord(c) for c in chars], dtype=np.uint32)
         self.start = [max(0, chars.find("\n"))]
@@ -78,8 +76,8 @@ class ByteTokenizer(Tokenizer):
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding: 50,257 ids, of which the last follows each document.
 
-    vocab_size is the next multiple of 64, which a GPU multiplies faster; no text has the ids beyond
-    50,256. Raises DataError if tiktoken is missing, or the vocabulary cannot be downloaded.
+    vocab_size is the next multiple of 64, which a GPU multiplies faster; ids above 50,256 never
+    occur. Raises DataError if tiktoken is missing, or the vocabulary cannot be downloaded.
     """
 
     vocab_size = 50_304
@@ -95,7 +93,7 @@ class GPT2Tokenizer(Tokenizer):
         self.encoding = tiktoken.get_encoding("gpt2")
 
     def encode(self, text: str) -> np.ndarray:
-        """Return uint16 ids; <|endoftext|> in the text is encoded as ordinary letters."""
+        """Return uint16 ids; <|endoftext|> in the text is encoded as ordinary text."""
         text = text.encode("utf-8", "replace").decode()  # replaces half surrogate pairs
         try:
             return self.encode_piece(text)
@@ -154,4 +152,6 @@ def from_state(state: dict) -> Tokenizer:
         return ByteTokenizer()
     if state["kind"] == "gpt2":
         return GPT2Tokenizer()
-    raise DataError(f"unknown tokenizer {state['kind']!r}: a newer version wrote the checkpoint")
+    raise DataError(
+        f"unknown tokenizer {state['kind']!r}: was the checkpoint written by a newer version?"
+    )
