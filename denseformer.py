@@ -158,9 +158,8 @@ class DWA(nn.Module):
         self._constants = mask, start
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         alpha = torch.empty(n_layer, n_layer + 1, dtype=dtype)
-        self.alpha = nn.Parameter(
-            alpha, requires_grad=any(self.rows)
-        )  # DDP would wait for an unused one
+        # not trained if unused: DDP would wait for its gradient
+        self.alpha = nn.Parameter(alpha, requires_grad=bool(self.read))
         self.reset_parameters()
 
     @torch.no_grad()

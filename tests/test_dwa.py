@@ -8,6 +8,7 @@ import gc
 import os
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 import denseformer
 from bench import count_traffic, peak_memory
 from denseformer import DWA, DenseFormer
-from optim import configure_optimizers
 from test_denseformer import IDX, Formula, all_outputs, assert_same, gradients, randomize, tiny
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -49,28 +49,14 @@ def use_outputs(dwa, blocks, x):  # auxiliary losses, a Y_i used twice, one deta
     for i, block in enumerate(blocks, start=1):
         y = Y[i - 1].detach() if i == 6 else Y[i - 1]
         Y[i] = depth.step(i, y + block(Y[4] if i == 8 else y))
-    (Y[4].sin().sum() + Y[7].square().sum() + Y[9].cos().sum()).backward()
-
-
-def use_early_exit(dwa, blocks, x):
-    run(dwa, blocks[:7], x).square().sum().backward()
-
-
-def use_frozen(*frozen):
-    def use(dwa, blocks, x):
-        modules = {"alpha": dwa, "block 1": blocks[0], "block 6": blocks[5]}
-        for name in modules.keys() & frozen:
-            modules[name].requires_grad_(False)
-        run(dwa, blocks, x.detach() if "embedding" in frozen else x).square().sum().backward()
-
-    return use
+    return Y[4].sin() + Y[7].square() + Y[9].cos()
 
 
 def use_two_forwards(dwa, blocks, x):
     a, b = run(dwa, blocks, x), run(dwa, blocks, 2 * x)
     with torch.no_grad():
         run(dwa, blocks, x[:1])
-    (a * b).sum().backward()
+    return a * b
 
 
 def use_interleaved(dwa, blocks, x):
@@ -80,71 +66,54 @@ def use_interleaved(dwa, blocks, x):
         y, z = depth.step(i, y + block(y)), other_depth.step(i, block(z))
     z.sum().backward(inputs=[x])
     x.grad = None
-    y.square().sum().backward()
+    return y.square()
 
 
 def use_exception(dwa, blocks, x):
-    depth, y = dwa(x), x
-    for i, block in enumerate(blocks, start=1):
-        if i == 5:
-            with pytest.raises(ZeroDivisionError):
-                depth.step(i, y / (1 // 0))
-        y = depth.step(i, y + block(y))
-    y.square().sum().backward()
+    def fail(x):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(dwa, [*blocks[:4], fail], x)
+    return run(dwa, blocks, x).square()
 
 
-def use_no_grad(*steps):
+def use_no_grad(*steps, blocks_too=True):
     def use(dwa, blocks, x):
         with torch.set_grad_enabled(0 not in steps):
             depth = dwa(x)
         for i, block in enumerate(blocks, start=1):
-            with torch.set_grad_enabled(i not in steps):
-                x = depth.step(i, x + block(x))
-        x.square().sum().backward()
+            with torch.set_grad_enabled(i not in steps or not blocks_too):
+                x = x + block(x)
+            with torch.set_grad_enabled(i not in steps):  # else Y_i is a constant
+                x = depth.step(i, x)
+        return x.square()
 
     return use
 
 
-def use_no_grad_steps_of_trained_blocks(dwa, blocks, x):
-    depth = dwa(x)
+def use_blocks_in_place(dwa, blocks, x):  # which may modify X_0 and each Y_i, but no X_i
+    y = x + 0
+    depth = dwa(y)
     for i, block in enumerate(blocks, start=1):
-        x = x + block(x)
-        with torch.set_grad_enabled(i not in (3, 4, 7)):  # Y_i is a constant, X_i is not
-            x = depth.step(i, x)
-    x.square().sum().backward()
-
-
-def use_checkpoint(dwa, blocks, x):
-    run(
-        dwa, [lambda x, b=b: checkpoint(b, x, use_reentrant=False) for b in blocks], x
-    ).sum().backward()
-
-
-def use_any_layout(dwa, blocks, x):
-    x = x.transpose(0, 1)
-    y = run(dwa, [lambda x, b=b: b(x.transpose(0, 1)).transpose(0, 1) for b in blocks], x)
-    y.sum().backward()  # its gradient is one number, expanded
-
-
-def use_blocks_in_place(dwa, blocks, x):
-    depth, y = dwa(x), x
-    for i, block in enumerate(blocks, start=1):
-        y = depth.step(i, y + block(y))  # the caller may modify Y_i without changing X_i
         y = y.mul_(1.5) if dwa.impl == "inplace" else y * 1.5
-    y.square().sum().backward()
+        y = depth.step(i, y + block(y))
+    return y.square()
 
 
-def use_empty_batch(dwa, blocks, x):
-    run(dwa, blocks, x[:0]).sum().backward()
+def use_frozen(*names):
+    def use(dwa, blocks, x):
+        modules = {"alpha": dwa, "block 1": blocks[0], "block 6": blocks[5]}
+        for name in modules.keys() & names:
+            modules[name].requires_grad_(False)
+        return run(dwa, blocks, x.detach() if "embedding" in names else x).square()
 
-
-def use_one_vector(dwa, blocks, x):
-    run(dwa, blocks, x[0, 0]).square().sum().backward()
+    return use
 
 
 USES = {
     "outputs": use_outputs,
-    "early exit": use_early_exit,
+    "early exit": lambda dwa, blocks, x: run(dwa, blocks[:7], x).square(),
     "frozen alphas": use_frozen("alpha"),
     "frozen embedding": use_frozen("embedding"),
     "frozen embedding and blocks": use_frozen("embedding", "block 1", "block 6"),
@@ -154,12 +123,18 @@ USES = {
     "exception": use_exception,
     "no_grad first": use_no_grad(0, 1, 2, 3),
     "no_grad at times": use_no_grad(3, 5, 6, 8),
-    "no_grad around steps": use_no_grad_steps_of_trained_blocks,
-    "checkpoint": use_checkpoint,
-    "any layout": use_any_layout,
+    "no_grad around steps": use_no_grad(3, 4, 7, blocks_too=False),
+    "checkpoint": lambda dwa, blocks, x: run(
+        dwa, [partial(checkpoint, block, use_reentrant=False) for block in blocks], x
+    ),
+    "any layout": lambda dwa, blocks, x: run(
+        dwa,
+        [lambda x, b=b: b(x.transpose(0, 1)).transpose(0, 1) for b in blocks],
+        x.transpose(0, 1),
+    ),
     "blocks in place": use_blocks_in_place,
-    "empty batch": use_empty_batch,
-    "one vector": use_one_vector,
+    "empty batch": lambda dwa, blocks, x: run(dwa, blocks, x[:0]),
+    "one vector": lambda dwa, blocks, x: run(dwa, blocks, x[0, 0]).square(),
 }
 
 
@@ -174,20 +149,12 @@ def test_inplace_gradients_are_naive_ones(use, pattern, monkeypatch):
         randomize(dwa)
         blocks, x = network(), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
         assert isinstance(dwa(x), denseformer.InPlacePass) == (impl == "inplace")
-        use(dwa, blocks, x)
+        use(dwa, blocks, x).sum().backward()  # of 1, expanded, where it is not a square
         results.append(
             gradients(nn.ModuleDict({"dwa": dwa, "blocks": blocks}))
             | {"x": torch.zeros_like(x) if x.grad is None else x.grad}
         )
     assert_same(*results)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inference_is_training_without_gradients(mode):
-    model = tiny()
-    logits, loss = model(IDX, IDX)
-    with mode():
-        assert_same(model(IDX, IDX), (logits.detach(), loss.detach()), 1e-12)
 
 
 # -----------------------------------------------------------------------------
@@ -237,46 +204,30 @@ def skipped_step(dwa, blocks, x):
         x = depth.step(i, blocks[i - 1](x))
 
 
-def too_many_steps(dwa, blocks, x):
-    run(dwa, [*blocks, blocks[0]], x)
-
-
-def steps_from_zero(dwa, blocks, x):
-    depth = dwa(x)
-    for i, block in enumerate(blocks):
-        x = depth.step(i, block(x))
-
-
-def integers(dwa, blocks, x):
-    dwa(torch.ones(2, 3, 8, dtype=torch.int64))
-
-
-def integers_later(dwa, blocks, x):
-    dwa(x).step(1, torch.ones(2, 3, 8, dtype=torch.int64))
-
-
-def other_shape(dwa, blocks, x):
-    dwa(x).step(1, x[:1])
-
-
 def x_modified_in_place(dwa, blocks, x):
     dwa = DWA(9, "4x5").double()  # where Y_i = X_i is one tensor
     run(dwa, [lambda x, b=b: x.add_(b(x.clone())) for b in blocks], x * 2)
 
 
-WRONG = [second_backward, second_other_backward, second_derivative, create_graph]
-WRONG += [checkpoint_around_dwas, skipped_step, too_many_steps, steps_from_zero, other_shape]
-WRONG += [integers, integers_later, x_modified_in_place]
+NOT_IN_PLACE = [second_backward, second_other_backward, second_derivative, create_graph]
+NOT_IN_PLACE += [checkpoint_around_dwas]
+WRONG = {f.__name__: f for f in (*NOT_IN_PLACE, skipped_step, x_modified_in_place)} | {
+    "too many steps": lambda dwa, blocks, x: run(dwa, [*blocks, blocks[0]], x),
+    "step 0": lambda dwa, blocks, x: dwa(x).step(0, x),
+    "other shape": lambda dwa, blocks, x: dwa(x).step(1, x[:1]),
+    "integers": lambda dwa, blocks, x: dwa(x.long()),
+    "integers later": lambda dwa, blocks, x: dwa(x).step(1, x.long()),
+}
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=list(WRONG))
 def test_wrong_use_is_a_runtime_error(wrong):
     dwa = DWA(9).double()
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"DWA|X_") as error:
         wrong(dwa, network(), x)
     assert len(str(error.value)) > 40
-    if wrong in WRONG[:5]:  # the advice in the message works: use naive
+    if wrong in NOT_IN_PLACE:  # the advice in the message works: use naive
         dwa.impl = "naive"
         wrong(dwa, network(), x)
 
@@ -285,88 +236,33 @@ def test_wrong_use_is_a_runtime_error(wrong):
 # DWA in other networks and with other tools
 
 
-class Convolutions(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 3, padding=1))
-            for _ in range(6)
-        )
-        self.residual = True
+def convolution():
+    layers = nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 3, padding=1)
+    return nn.Sequential(*layers), (2, 3, 5, 7)
 
 
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
-        self.blocks = nn.ModuleList(copy.deepcopy(layer) for _ in range(6))
-        self.residual = False  # the layers have skip connections of their own
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    return layer, (2, 5, 8)
 
 
 @pytest.mark.parametrize("pattern", ["1x1", "2x1", "2x3"])
-@pytest.mark.parametrize("network", [Convolutions, Encoder])
-def test_dwa_in_another_network(network, pattern):
+@pytest.mark.parametrize("layer", [convolution, encoder])
+def test_dwa_in_another_network(layer, pattern):
     torch.manual_seed(0)
-    net = network().double()
-    net.dwa = DWA(6, pattern).double()  # line 1
-    randomize(net.dwa)
-    alpha = net.dwa.alpha.detach().nan_to_num(0).requires_grad_()
-    x0 = torch.randn((2, 3, 5, 7) if net.residual else (2, 5, 8), dtype=torch.float64)
-    results = []
-    for depth in (net.dwa(x0), Formula(pattern, alpha, x0)):  # line 2
-        net.zero_grad()
+    block, shape = layer()
+    blocks = nn.ModuleList(copy.deepcopy(block) for _ in range(6)).double()
+    dwa, x0 = DWA(6, pattern).double(), torch.randn(shape, dtype=torch.float64)  # line 1
+    randomize(dwa)
+    alpha, results = dwa.alpha.detach().nan_to_num(0).requires_grad_(), []
+    for depth, a in ((dwa(x0), dwa.alpha), (Formula(pattern, alpha, x0), alpha)):  # line 2
+        blocks.zero_grad()
         x = x0
-        for i, block in enumerate(net.blocks, start=1):
-            x = depth.step(i, x + block(x) if net.residual else block(x))  # line 3
+        for i, block in enumerate(blocks, start=1):
+            x = depth.step(i, block(x))  # line 3
         x.square().sum().backward()
-        results.append([x, *(p.grad for p in net.blocks.parameters())])
+        results.append([x, a.grad, *(p.grad for p in blocks.parameters())])
     assert_same(*results)
-    net.dwa.zero_grad()
-    run(net.dwa, [lambda x, b=b: b(x) - (0 if net.residual else x) for b in net.blocks],
-        x0).square().sum().backward()  # fmt: skip
-    assert_same(net.dwa.alpha.grad, alpha.grad)
-
-
-def test_what_is_masked_is_never_read_or_trained():
-    model = tiny("2x3", n_layer=6).float()  # with nan outside the mask
-    dwa = model.dwa
-    loss = model(IDX, IDX)[1]
-    assert loss.isfinite()
-    loss.backward()
-    assert dwa.alpha.grad.isfinite().all()
-    expected = torch.zeros(6, 7, dtype=torch.bool)
-    expected[2, [1, 3]] = expected[5, [0, 2, 4, 6]] = True
-    assert (dwa.alpha.grad != 0).equal(expected)
-    with torch.no_grad():
-        dwa.alpha.copy_(dwa.weights())
-    optimizers = configure_optimizers(model, learning_rate=1e-2, weight_decay=10.0)
-    before = dwa.alpha.detach().clone()
-    for _ in range(3):
-        model(IDX, IDX)[1].backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    change = (dwa.alpha - before).abs()
-    assert (change > 0).equal(expected)
-    assert change.max() < 0.05  # a decay of 10 x 1e-2 x 3 steps would take a quarter of each
-
-
-@pytest.mark.parametrize("impl", ["inplace", "naive"])
-def test_alpha_learns_from_activations_of_another_dtype_after_frozen_blocks(impl):
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        torch.manual_seed(0)
-        dwa, x = DWA(9, "1x1", impl), torch.randn(2, 3, 8, dtype=torch.float64).to(dtype)
-        dwa.alpha.requires_grad_()
-        with torch.no_grad():
-            depth = dwa(x)
-            x = depth.step(1, x.sin())
-        for i in range(2, 10):
-            x = depth.step(i, x.sin())
-        x.square().sum().backward()
-        assert dwa.alpha.grad.dtype == torch.float32
-        results.append(dwa.alpha.grad)
-    torch.testing.assert_close(*results)
 
 
 class WithInPlaceBlocks(nn.Module):
@@ -412,31 +308,38 @@ def test_blocks_that_write_to_their_input_where_it_is_not_counted(pattern):
     torch._dynamo.reset()
 
 
-def test_inplace_trains_blocks_that_write_to_their_input():
-    net, x = WithInPlaceBlocks("1x1"), torch.randn(4, 8, dtype=torch.float64)
-    results = []
-    for in_place in (True, False):
-        net.zero_grad()
-        y = net(x, in_place)  # the first block modifies X_0
-        y.sum().backward()
-        results.append((y, gradients(net)))
-    assert_same(*results)
-
-
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_torch_func_and_tracing_take_the_formula():
+def test_tracers_take_the_formula():
     model = tiny(n_layer=3)
     with torch.no_grad():
         model.dwa.alpha.copy_(model.dwa.weights())
-    parameters = dict(model.named_parameters())
-    ours = torch.func.grad(lambda p: torch.func.functional_call(model, p, (IDX, IDX))[1])(
-        parameters
-    )
-    model(IDX, IDX)[1].backward()
-    assert_same(ours, gradients(model))
-    with torch.no_grad():
         traced = torch.jit.trace(model, (IDX, IDX), check_trace=False)
         assert_same(traced(IDX.flip(0), IDX)[0], model(IDX.flip(0), IDX)[0])
+    model(IDX, IDX)[1].backward()
+    expected, parameters = gradients(model), dict(model.named_parameters())
+    model.zero_grad()
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (IDX, IDX))[1]
+
+    assert_same(torch.func.grad(loss)(parameters), expected)
+    exported = torch.export.export(model, (IDX, IDX)).module()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for module, forward in ((exported, exported), (model, compiled)):
+        module.zero_grad()
+        forward(IDX, IDX)[1].backward()
+        assert_same({n: p.grad for n, p in module.named_parameters()}, expected)
+    torch._dynamo.reset()
+
+
+def test_complex_numbers_take_the_formula():
+    torch.manual_seed(0)
+    dwa, x, weights = DWA(5), torch.randn(2, 3, dtype=torch.complex64), torch.randn(5, 3)
+    randomize(dwa)
+    alpha = dwa.alpha.detach().nan_to_num(0).requires_grad_()
+    for depth in (dwa(x), Formula("1x1", alpha, x)):
+        all_outputs(depth, x, weights).abs().sum().backward()
+    torch.testing.assert_close(dwa.alpha.grad, alpha.grad)
 
 
 def test_pruning_and_parametrization_of_alpha():
@@ -454,71 +357,44 @@ def test_pruning_and_parametrization_of_alpha():
     assert (ours.dwa.alpha_orig.grad[kept] != 0).any()
 
 
-def test_an_exported_model_trains_its_alphas():
-    model = tiny(n_layer=3)
-    exported = torch.export.export(model, (IDX, IDX)).module()
-    for m in (model, exported):
-        m(IDX, IDX)[1].backward()
-    ours, theirs = dict(exported.named_parameters()), dict(model.named_parameters())
-    assert_same(ours["dwa.alpha"].grad, theirs["dwa.alpha"].grad)
-    assert_same(ours["wte.weight"].grad, theirs["wte.weight"].grad)
-
-
-@pytest.mark.parametrize("to_empty", [True, False])
-def test_a_model_built_on_the_meta_device(to_empty):
-    model = tiny("2x1")
+def on_meta(model, to_empty):
     with torch.device("meta"):
-        loaded = DenseFormer(model.config)
+        twin = DenseFormer(model.config)
     if to_empty:
-        loaded.to_empty(device="cpu")
-    loaded.load_state_dict(model.state_dict(), assign=True)
-    results = []
-    for m in (model, loaded):
+        twin.to_empty(device="cpu").double()
+    twin.load_state_dict(model.state_dict(), assign=not to_empty)
+    return twin
+
+
+TWINS = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "meta, then assign": partial(on_meta, to_empty=False),
+    "meta, then to_empty": partial(on_meta, to_empty=True),
+}
+
+
+@pytest.mark.parametrize("twin", TWINS.values(), ids=list(TWINS))
+def test_a_copy_or_loaded_model_is_the_same(twin):
+    model, results = tiny("2x1"), []
+    for m in (model, twin(model)):
         m(IDX, IDX)[1].backward()  # if the embedding were untied, its gradient would differ
         results.append(gradients(m))
     assert_same(*results, 0)
-    assert loaded.dwa.mask.equal(model.dwa.mask)
 
 
-def test_default_dtype_and_device():
-    torch.set_default_dtype(torch.float64)
+@pytest.mark.parametrize(
+    ("default", "alpha"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)]
+)
+def test_the_default_dtype(default, alpha):
+    config = tiny().config
+    torch.set_default_dtype(default)
     try:
-        model = DenseFormer(tiny().config)
+        model = DenseFormer(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert model(IDX, IDX)[1].dtype == torch.float64
-    torch.set_default_dtype(torch.bfloat16)
-    torch.set_default_device("meta")
-    try:
-        model = DenseFormer(tiny().config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
-    assert model.wte.weight.dtype == torch.bfloat16
-    assert model.dwa.alpha.dtype == torch.float32
-    assert model.dwa.alpha.is_meta
-    assert not model.dwa._constants[0].is_meta
-
-
-def test_loading_weights_changes_no_mask_and_no_frozen_alpha():
-    model, plain = tiny("1x1"), tiny("none")
-    model.dwa.alpha.requires_grad_(False)
-    model.load_state_dict(plain.state_dict())
-    assert not model.dwa.alpha.requires_grad
-    assert model.dwa.num_params() == 9 * 12 // 2
-    assert not any("mask" in name for name in model.state_dict())
-
-
-def test_copies():
-    model = tiny("2x1")
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        results = []
-        for m in (model, twin):
-            m.zero_grad()
-            m(IDX, IDX)[1].backward()
-            results.append(gradients(m))
-        assert_same(*results, 0)
+    assert (model.wte.weight.dtype, model.dwa.alpha.dtype) == (default, alpha)
+    assert model(IDX, IDX)[0].dtype == default
 
 
 def test_blocks_are_compiled_once_for_all():
@@ -535,12 +411,6 @@ def test_blocks_are_compiled_once_for_all():
     assert counters["stats"]["unique_graphs"] == 2  # a block, the loss
     assert not counters["graph_break"]
     torch._dynamo.reset()
-    ours = tiny(n_layer=3)
-    whole, naive = torch.compile(ours, backend="aot_eager", fullgraph=True), tiny(n_layer=3)
-    for model in (whole, naive):
-        model(IDX, IDX)[1].backward()
-    assert_same(gradients(ours), gradients(naive))
-    torch._dynamo.reset()
 
 
 def ddp_rank(rank, folder):
@@ -548,14 +418,12 @@ def ddp_rank(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    for pattern in ("1x1", "4x5"):
-        ours = tiny(pattern)
-        model = nn.parallel.DistributedDataParallel(ours)
-        idx = torch.load(f"{folder}/idx.pt")[rank]
-        for _ in range(2):  # DDP rebuilds its buckets after the first iteration
-            ours.zero_grad()
-            model(idx, idx)[1].backward()
-        torch.save(gradients(ours), f"{folder}/{pattern}-{rank}.pt")
+    ours = tiny()
+    model, idx = nn.parallel.DistributedDataParallel(ours), torch.load(f"{folder}/idx.pt")[rank]
+    for _ in range(2):  # DDP rebuilds its buckets after the first iteration
+        ours.zero_grad()
+        model(idx, idx)[1].backward()
+    torch.save(gradients(ours), f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # in torch 2.13, gloo's threads can abort the interpreter at exit
@@ -565,11 +433,10 @@ def test_distributed_data_parallel(tmp_path):
     idx = torch.randint(17, (2, 3, 8))
     torch.save(idx, tmp_path / "idx.pt")
     torch.multiprocessing.spawn(ddp_rank, (str(tmp_path),), nprocs=2)
-    for pattern in ("1x1", "4x5"):
-        naive = tiny(pattern, dwa_impl="naive")
-        naive(idx.flatten(0, 1), idx.flatten(0, 1))[1].backward()
-        for rank in (0, 1):
-            assert_same(torch.load(tmp_path / f"{pattern}-{rank}.pt"), gradients(naive))
+    naive = tiny(dwa_impl="naive")
+    naive(idx.flatten(0, 1), idx.flatten(0, 1))[1].backward()
+    for rank in (0, 1):
+        assert_same(torch.load(tmp_path / f"{rank}.pt"), gradients(naive))
 
 
 # -----------------------------------------------------------------------------
@@ -644,7 +511,9 @@ def test_every_precision_is_close_to_float64(device, dtype, tolerance, shape, im
             dwa.alpha += 0.03 * torch.randn(48, 49) * dwa.mask
         dwa.to(place, torch.promote_types(kind, torch.float32))
         X = torch.randn(49, *shape).cumsum(0).to(dtype).to(place, kind).requires_grad_()
-        depth = dwa(X[0])
+        x = X[0]
+        with torch.no_grad():  # the alphas learn nevertheless
+            depth = dwa(x)
         Y = torch.stack([depth.step(i, X[i]) for i in range(1, 49)])
         (Y * torch.randn(Y.shape).to(dtype).to(place, kind)).sum().backward()
         results.append([t.double().cpu() for t in (Y.detach(), X.grad, dwa.alpha.grad)])
@@ -661,7 +530,7 @@ def test_autocast_keeps_the_stream_in_16_bits_and_alpha_in_float32(dtype):
         loss.backward()
     assert seen == [dtype, dtype]
     assert loss.dtype == model.dwa.alpha.grad.dtype == torch.float32
-    torch.testing.assert_close(logits.float(), model(IDX, IDX)[0], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(logits.float(), model(IDX, IDX)[0], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("impl", ["inplace", "naive"])
