@@ -14,6 +14,7 @@ singular.png     singular values of the weights, averaged over the blocks     (F
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class AnalyzeConfig:
     out_dir: str = flag("out", "folder of the run")
     checkpoint: str = flag("best", "which checkpoint of the run", choices=("best", "last"))
     plain: str | None = flag(None, "folder of a plain Transformer's run to compare with")
-    prune: float = flag(0.0, "drop this fraction of the alphas, the smallest: pruned.pt", 0, 1)
+    prune: float = flag(0.0, "drop this fraction of the alphas, smallest first: pruned.pt", 0, 1)
     tokens: int = flag(50_000, "maximum number of validation tokens to use", low=1)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 
@@ -98,7 +99,7 @@ class Run:
         return (total / count).tolist()
 
     def dropped(self, fractions):
-        """Return the perplexities without these fractions of the alphas, the smallest."""
+        """Return the perplexity after dropping each fraction of the alphas, smallest first."""
         dwa, perplexities = self.model.dwa, []
         for fraction in tqdm(fractions, desc="dropping alphas", leave=False, disable=None):
             self.model.dwa = prune(dwa, fraction)
@@ -108,15 +109,12 @@ class Run:
 
     def singular_values(self):
         """Return {matrix: singular values in decreasing order, averaged over the blocks}."""
-        kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-        weights = {
-            kind: torch.stack([block.get_submodule(kind).weight for block in self.model.blocks])
-            for kind in kinds
-        }
-        return {
-            kind: torch.linalg.svdvals(w.detach().cpu().float()).mean(0)
-            for kind, w in weights.items()
-        }
+        values = {}
+        for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            weights = [block.get_submodule(kind).weight for block in self.model.blocks]
+            w = torch.stack(weights).detach().cpu().float()
+            values[kind] = torch.linalg.svdvals(w).mean(0)
+        return values
 
     def snapshots(self, log):
         """Return {step: alpha} as train.py logged them, up to this checkpoint."""
@@ -127,7 +125,7 @@ class Run:
 
 @torch.no_grad()
 def prune(dwa, fraction):
-    """Return the DWA without the smallest alphas, that fraction; an emptied row has no DWA."""
+    """Return the DWA without this fraction of its alphas, the smallest; an empty row has no DWA."""
     number = round((1 - fraction) * dwa.num_params())
     size = dwa.alpha.abs().masked_fill(~dwa.mask, -1).flatten()
     mask = torch.zeros_like(size, dtype=torch.bool)
@@ -140,7 +138,7 @@ def prune(dwa, fraction):
 
 
 def save_pruned(run, fraction, out_dir):
-    """Save the model without that fraction of the alphas as pruned.pt."""
+    """Save the model without this fraction of its alphas as pruned.pt."""
     all_alphas = run.model.dwa.num_params()
     dwa = run.model.dwa = prune(run.model.dwa, fraction)
     if not dwa.num_params():
@@ -152,7 +150,8 @@ def save_pruned(run, fraction, out_dir):
     print(
         f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas, a sparsity of "
         f"{dwa.sparsity():.1%}: validation perplexity {run.perplexity():.3f}\n"
-        f"to continue training: python train.py --init_from {path} --out_dir {out_dir}-pruned\n"
+        f"to continue training: python train.py --init_from {shlex.quote(str(path))} "
+        f"--out_dir {shlex.quote(f'{out_dir}-pruned')}\n"
         f"to train this pattern from scratch: --n_layer {dwa.n_layer} --dwa {dwa.pattern}"
     )
 
@@ -199,7 +198,7 @@ def draw_alpha(axes, alpha, mask, limit):
 def plot_alpha(alpha, mask, title, path):
     L = len(alpha)
     width = min(9.0, max(4.5, 1.8 + 0.32 * L))
-    figure, axes = new_figure(figsize=(width, 0.85 * width))
+    figure, axes = new_figure((width, 0.85 * width))
     limit = alpha.abs().max().item()
     image = draw_alpha(axes, alpha, mask, limit)
     if L <= 12:  # room for the numbers
@@ -216,7 +215,7 @@ def plot_alpha(alpha, mask, title, path):
 
 def plot_snapshots(snapshots, mask, path):
     n = len(snapshots)
-    figure, all_axes = new_figure(1, n, figsize=(2.1 * n + 0.8, 2.6), sharey=True, squeeze=False)
+    figure, all_axes = new_figure((2.1 * n + 0.8, 2.6), 1, n, sharey=True, squeeze=False)
     limit = max(alpha.abs().max().item() for alpha in snapshots.values())
     for axes, (step, alpha) in zip(all_axes[0], snapshots.items(), strict=True):
         image = draw_alpha(axes, alpha, mask, limit)
@@ -228,7 +227,7 @@ def plot_snapshots(snapshots, mask, path):
 
 
 def plot_cosines(cosines, path):
-    figure, axes = new_figure(figsize=(6.5, 3.8))
+    figure, axes = new_figure((6.5, 3.8))
     for name, values in cosines.items():
         axes.plot(values, "o-", label=name, markersize=3.5)
     axes.axhline(0, color="0.6", linewidth=0.8)
@@ -240,7 +239,7 @@ def plot_cosines(cosines, path):
 
 
 def plot_dropped(fractions, perplexities, path):
-    figure, axes = new_figure(figsize=(6.5, 3.8))
+    figure, axes = new_figure((6.5, 3.8))
     axes.plot([100 * f for f in fractions], perplexities, "o-", markersize=4)
     axes.axhline(perplexities[0], color="0.6", linewidth=0.8)
     axes.set(xlabel="smallest alphas dropped (%)", ylabel="validation perplexity")
@@ -253,7 +252,7 @@ def plot_dropped(fractions, perplexities, path):
 
 
 def plot_singular_values(values, path):
-    figure, all_axes = new_figure(2, 2, figsize=(8, 5.4))
+    figure, all_axes = new_figure((8, 5.4), 2, 2)
     for name, style in zip(values, ("-", "--"), strict=False):
         for axes, (kind, s) in zip(all_axes.flat, values[name].items(), strict=True):
             axes.plot(range(1, len(s) + 1), s, style, label=name)
@@ -286,7 +285,9 @@ def main(argv=None):
         if plain.model.dwa.num_params():
             raise UsageError(f"--plain: the model in {config.plain} is a DenseFormer")
         if plain.checkpoint["fingerprint"] != run.checkpoint["fingerprint"]:
-            raise UsageError(f"--plain: {config.plain} was trained on other data than {out_dir}")
+            raise UsageError(
+                f"--plain: {config.plain} and {out_dir} were trained on different data"
+            )
         runs["plain Transformer"] = plain
 
     # Tables

@@ -12,13 +12,13 @@ import torch
 from data.errors import UserError
 from data.shards import open_new
 from data.tokenizer import Tokenizer, from_state
-from denseformer import DWA, DenseFormer, DenseFormerConfig
+from denseformer import DenseFormer, DenseFormerConfig
 
 FORMAT = "denseformer-2"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, not ours, or cannot be written."""
+    """A checkpoint that is missing, damaged, from another program, or cannot be written."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]):
@@ -45,7 +45,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if archive.testzip():
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["format"] if isinstance(checkpoint, dict) else None
+        found = checkpoint["format"]
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint found at {path}") from None
     except OSError as error:
@@ -68,7 +68,8 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path} does not fit this version of DenseFormer: {type(error).__name__}: {reason}"
+            f"{path} cannot be used with this version of DenseFormer: {type(error).__name__}: "
+            f"{reason}"
         ) from None
 
 
@@ -86,16 +87,16 @@ def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer
 
 
 def load_weights(checkpoint: dict[str, Any], path: Path, model: DenseFormer, tokenizer: Tokenizer):
-    """Load the weights of a checkpoint, and those of its alphas that are in the model's pattern.
+    """Load the weights of a checkpoint whose DWA pattern may differ from the model's.
 
-    The other alphas start at 0, or at the identity in rows where the checkpoint has no DWA. Raises
-    CheckpointError, which names the path, for a model of another shape or tokenizer.
+    Alphas that only the model has start at 0, or, in rows where the checkpoint has none, at the
+    identity. Raises CheckpointError, which names the path, for another shape or tokenizer.
     """
     with checkpoint_errors(path):
         if checkpoint["tokenizer"] != tokenizer.state():
             raise CheckpointError(f"{path} has a different tokenizer than the data")
         model.load_state_dict(checkpoint["model"])
-    start = DWA(model.config.n_layer, model.config.dwa).alpha.to(model.dwa.alpha)
+    _, start = model.dwa.constants()
     with torch.no_grad():
         alpha = model.dwa.weights()  # 0 outside the mask
         model.dwa.alpha.copy_(torch.where(alpha.any(dim=1, keepdim=True), alpha, start))

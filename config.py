@@ -40,8 +40,8 @@ class UsageError(UserError):
 
 def flag(default, help: str, low=None, below=None, choices=None):
     """Return a dataclass field that becomes a flag, with low <= value < below."""
-    limits = {"low": low, "below": below, "choices": choices}
-    return field(default=default, metadata={"help": help} | limits)
+    metadata = {"help": help, "low": low, "below": below, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,8 +67,8 @@ def parse_flags(
         ),
     )  # fmt: skip
     group: Any = parser
-    names = [f.name for f in fields(settings)]
-    for f in fields(settings):
+    known = {f.name: f for f in fields(settings)}
+    for f in known.values():
         if title := getattr(settings, "GROUPS", {}).get(f.name):
             group = parser.add_argument_group(title)
         kind, choices = (get_args(f.type) or (f.type,))[0], f.metadata["choices"]
@@ -85,22 +85,21 @@ def parse_flags(
 
     def normalize(word: str) -> str:  # --max-iters=3 is --max_iters=3; values stay as they are
         name, equals, value = word.partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1)
-        return name + equals + value if name[2:] in names and word.startswith("--") else word
+        name = name[2:].replace("-", "_")
+        return f"--{name}{equals}{value}" if word.startswith("--") and name in known else word
 
     flags, rest = parser.parse_known_args(
         [normalize(word) for word in (sys.argv[1:] if argv is None else argv)]
     )
-    for word in rest:
-        name = word.split("=")[0]
-        if not word.startswith("--"):
-            raise UsageError(f"unexpected argument {word!r}: settings have the form --name value")
-        near = difflib.get_close_matches(name[2:].replace("-", "_"), names, n=1)
+    if rest:
+        name = rest[0].split("=")[0]
+        if not name.startswith("--"):
+            raise UsageError(f"unexpected argument {rest[0]!r}: flags have the form --name value")
+        near = difflib.get_close_matches(name[2:].replace("-", "_"), known, n=1)
         hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
         raise UsageError(f"unknown flag {name}; {hint}")
-    limits = {f.name: f.metadata for f in fields(settings)}
     for name, value in vars(flags).items():
-        low, below = limits[name]["low"], limits[name]["below"]
+        low, below = known[name].metadata["low"], known[name].metadata["below"]
         if value == "":
             raise UsageError(f"--{name} is empty; omit it to use the default")
         if low is not None and value < low:
@@ -110,28 +109,28 @@ def parse_flags(
     return vars(flags)
 
 
-def parse_int(text: str) -> int:
+# argparse shows the names of these functions: "invalid integer value: '1.5'"
+
+
+def integer(text: str) -> int:
     if abs(value := int(text)) >= 1 << 63:
         raise ValueError
     return value
 
 
-def parse_float(text: str) -> float:
+def number(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError
     return value
 
 
-def parse_bool(text: str) -> bool:
+def boolean(text: str) -> bool:
     if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
         raise ValueError
     return text.lower() in ("true", "1", "yes")
 
 
-TYPES: dict[type, Any] = {int: parse_int, float: parse_float, bool: parse_bool, str: str}
-for kind, parse in TYPES.items():
-    if parse is not kind:
-        parse.__name__ = kind.__name__  # argparse names the type in its messages
+TYPES: dict[type, Any] = {int: integer, float: number, bool: boolean, str: str}
 
 
 # -----------------------------------------------------------------------------
@@ -199,16 +198,18 @@ def describe_machine(device: torch.device) -> str:
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run main() and exit with its status; report an error that users can fix in one sentence."""
+    """Run main() and exit with its status.
+
+    Errors that users can fix are reported in one sentence, without a traceback.
+    """
     rank = int(os.environ.get("RANK", 0))  # under torchrun, only rank 0 prints
-    if sys.stdout is None or rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is None:  # closed, as by 2>&-
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    devnull = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = devnull if rank > 0 else sys.stdout or devnull  # None if closed, as by >&-
+    sys.stderr = sys.stderr or devnull
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters of the text
+        if isinstance(stream, io.TextIOWrapper):  # its encoding may not cover the text
             stream.reconfigure(errors="replace")
-    os.environ["MPLBACKEND"] = "agg"  # the one that !python inherits only works in a notebook
+    os.environ["MPLBACKEND"] = "agg"  # `!python` in a notebook inherits one that works only there
     status, message = 1, ""
     try:
         status = main() or 0

@@ -18,31 +18,30 @@ def text_heat_map(alpha: Tensor, mask: Tensor, max_rows: int | None = None) -> s
     shown = np.linspace(1, L, min(L, max_rows or L)).round().astype(int).tolist()
     lines = []
     for i in shown:
-        shades = (alpha[i - 1].abs().unsqueeze(1) >= alpha.new_tensor(LEVELS)).sum(1) * mask[i - 1]
-        cells = (
-            (" .-=#" if a < 0 else " ░▒▓█")[shade]
-            for a, shade in zip(alpha[i - 1].tolist(), shades.tolist(), strict=True)
-        )
-        lines.append(f"Y_{i:<3}|{''.join(cells)[: i + 1]}|")
+        cells = ""
+        for a, trained in zip(alpha[i - 1, : i + 1].tolist(), mask[i - 1].tolist(), strict=False):
+            shade = sum(abs(a) >= level for level in LEVELS) if trained else 0
+            cells += (" .-=#" if a < 0 else " ░▒▓█")[shade]
+        lines.append(f"Y_{i:<3}|{cells}|")
     key = "|alpha| at least 0.01, 0.03, 0.1, 0.3:  positive ░ ▒ ▓ █  negative . - = #"
     return "\n".join(["     X_0 ... X_i", *lines, key])
 
 
-def new_figure(*args, **kwargs):
-    """Return a matplotlib figure and its axes. Raises ImportError without matplotlib.
+def new_figure(size, *args, **kwargs):
+    """Return a matplotlib figure of a size in inches, and its axes; other arguments are those of
+    Figure.subplots. Raises ImportError without matplotlib.
 
     Avoids pyplot, which would choose a backend for a program that imports this module.
     """
     from matplotlib.figure import Figure
 
-    layout = {name: kwargs.pop(name) for name in ("figsize",) if name in kwargs}
-    figure = Figure(layout="constrained", **layout)
+    figure = Figure(size, layout="constrained")
     return figure, figure.subplots(*args, **kwargs)
 
 
 def plot_losses(log: Path, picture: Path):
     """Plot the losses in log.jsonl. Raises ImportError without matplotlib."""
-    figure, axes = new_figure(figsize=(7, 4))
+    figure, axes = new_figure((7, 4))
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
         points = [(entry["step"], entry[key]) for entry in entries if key in entry]

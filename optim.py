@@ -1,7 +1,7 @@
 """The optimizers: AdamW, and Muon for the matrices inside the blocks.
 
 Muon (Jordan et al., kellerjordan.github.io/posts/muon) is SGD with momentum that replaces each
-update matrix by the nearest orthogonal one, so that all directions are learned at equal speed.
+update matrix with the nearest orthogonal one, so that all directions are learned at equal speed.
 The update is scaled so that AdamW's learning rate and weight decay suit it (arXiv 2502.16982).
 """
 
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov
-                scale = 0.2 * max(rows, columns) ** 0.5  # RMS change of 0.2 lr, as in AdamW
+                scale = 0.2 * max(rows, columns) ** 0.5  # an update of RMS 0.2 lr, typical of AdamW
                 for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-group["lr"] * scale)

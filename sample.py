@@ -25,7 +25,7 @@ class SampleConfig:
     max_new_tokens: int = flag(500, "tokens to generate per sample", low=1)
     temperature: float = flag(0.8, "0: the most likely token; 1: the model's distribution", low=0.0)
     top_k: int | None = flag(None, "sample only from this many most likely tokens", low=1)
-    top_p: float | None = flag(None, "sample from the fewest tokens that reach this probability")
+    top_p: float | None = flag(None, "sample from the fewest tokens with this probability in all")
     seed: int = flag(1337, "the same seed gives the same text", low=0)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 
@@ -45,7 +45,7 @@ def read_prompt(start, tokenizer):
             raise DataError(f"--start: cannot read {path}: {error.strerror}") from None
         if not text:
             raise DataError(f"--start: {path} is empty")
-        if "\r" not in getattr(tokenizer, "chars", ""):  # trained on a text with \n alone
+        if "\r" not in getattr(tokenizer, "chars", ""):  # trained on text without \r
             text = text.replace("\r\n", "\n")
     return text, torch.tensor([tokenizer.encode(text).tolist()])
 
@@ -57,12 +57,14 @@ def main(argv=None):
     device = find_device(config.device)
     out_dir = Path(config.out_dir)
     if not out_dir.is_dir():
-        raise CheckpointError(f"no run in {out_dir}: python train.py trains a model")
+        raise CheckpointError(f"no run in {out_dir}; train one with python train.py")
     model, tokenizer, _ = load_model(out_dir / f"{config.checkpoint}.pt", device)
     text, prompt = read_prompt(config.start, tokenizer)
     for n in range(config.num_samples):
+        if n > 0:
+            print()
         if config.num_samples > 1:
-            print(f"{'' if n == 0 else chr(10)}--- sample {n + 1} ---")
+            print(f"--- sample {n + 1} ---")
         print(text, end="", flush=True)
         # Each sample has its own seed, so it does not depend on how many precede it.
         generator = torch.Generator().manual_seed(config.seed + n)

@@ -1,6 +1,6 @@
 """Train a DenseFormer.
 
-python train.py                                      Tiny Shakespeare, sized for this machine
+python train.py                                      Tiny Shakespeare; a small model on a CPU
 python train.py --resume                             continue a run that was stopped
 python train.py --dataset my.txt --out_dir out-mine  your own text
 python train.py --dwa none --out_dir out-plain       the plain Transformer, for comparison
@@ -39,7 +39,7 @@ from denseformer import DenseFormer, DenseFormerConfig
 from figures import plot_losses, text_heat_map
 from optim import configure_optimizers, set_lr
 
-# torchrun sets these for each of its processes; without it there is one process, of rank 0
+# set by torchrun in each process; without it there is a single process, of rank 0
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
@@ -47,14 +47,15 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 # -----------------------------------------------------------------------------
 # Settings. The defaults suit a CPU; a preset changes some, and flags override both.
 
-DATASETS = """shakespeare, pydoc, openwebtext, or a path: a UTF-8 text file, a folder of .txt files,
- or a folder with nanoGPT's train.bin and val.bin (default: shakespeare, or pydoc if offline)"""
-TOKENIZERS = """tokenizer (default: gpt2 for openwebtext; otherwise char for text of at most 256
- different characters, byte for other text)"""
-PATTERNS = """depth-weighted averages: dilation x period such as 4x5; last4, the last 4 outputs and
+DATASET_HELP = """shakespeare, pydoc, openwebtext, or a path: a UTF-8 text file, a folder of .txt
+ files, or a folder with nanoGPT's train.bin and val.bin (default: shakespeare, or pydoc if
+ offline)"""
+TOKENIZER_HELP = """tokenizer (default: gpt2 for openwebtext and .bin files; otherwise char for
+ text of at most 256 different characters, byte for other text)"""
+DWA_HELP = """depth-weighted averages: dilation x period such as 4x5; last4, the last 4 outputs and
  the embedding; connect-to-last; single rows such as 8:0,4,8; several joined by +; or none"""
-INIT_FROM = """start from the weights of this checkpoint, with the same model shape; dwa, block_size
- and the data are also its own unless flags change them"""
+INIT_FROM_HELP = """start from the weights of this checkpoint; the model shape must match, and
+ dwa, block_size and the data default to its own"""
 PRESET_NAMES = ("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -63,12 +64,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class TrainConfig:
     # input and output
     out_dir: str = flag("out", "folder for checkpoints, logs and the loss curve")
-    dataset: str | None = flag(None, DATASETS)
-    tokenizer: str | None = flag(None, TOKENIZERS, choices=("char", "byte", "gpt2"))
-    shards: int = flag(1, "shards of openwebtext to use, of 80; 113 million tokens each", low=1)
+    dataset: str | None = flag(None, DATASET_HELP)
+    tokenizer: str | None = flag(None, TOKENIZER_HELP, choices=("char", "byte", "gpt2"))
+    shards: int = flag(1, "shards of openwebtext, up to 80, of 113 million tokens each", low=1)
     preset: str = flag("auto", "see below; auto picks cpu or gpu", choices=PRESET_NAMES)
     resume: bool = flag(False, "continue the run in out_dir")
-    init_from: str | None = flag(None, INIT_FROM)
+    init_from: str | None = flag(None, INIT_FROM_HELP)
     overwrite: bool = flag(False, "replace the run in out_dir")
     # model
     n_layer: int = flag(8, "number of blocks", low=1)
@@ -77,7 +78,7 @@ class TrainConfig:
     block_size: int = flag(128, "context length in tokens", low=1)
     dropout: float = flag(0.0, "dropout probability", low=0)
     bias: bool = flag(False, "use biases in linear layers and norms")
-    dwa: str = flag("1x1", PATTERNS)
+    dwa: str = flag("1x1", DWA_HELP)
     dwa_impl: str = flag("inplace", "same result; inplace is faster", choices=("inplace", "naive"))
     dwa_start_iter: int = flag(0, "keep the alphas frozen until this step", low=0)
     skip_gains: bool = flag(False, "learn a scale for each skip connection")
@@ -100,7 +101,7 @@ class TrainConfig:
     log_interval: int = flag(20, "steps between log lines", low=1)
     # system
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
-    dtype: str = flag("auto", "auto is bfloat16 where the hardware has it", choices=DTYPES)
+    dtype: str = flag("auto", "auto: bfloat16 if the hardware supports it", choices=DTYPES)
     compile: bool | None = flag(None, "use torch.compile (default: only with CUDA and Triton)")
     seed: int = flag(1337, "random seed for weights, batches and dropout", low=0)
 
@@ -137,7 +138,7 @@ PRESETS = {
     },
 }  # fmt: skip
 
-# --resume may not change these, nor the sequences per step.
+# --resume cannot change these, nor the number of sequences per step.
 FIXED = ["n_layer", "n_head", "n_embd", "block_size", "bias", "skip_gains", "dwa", "preset", "seed"]
 FIXED += ["optimizer", "shards", "tokenizer", "dwa_start_iter", "init_from"]
 # --init_from takes these from the checkpoint; flags may change DATA, but not SHAPE.
@@ -161,8 +162,8 @@ def load_config(argv):
     """Return the settings, and the checkpoint of --resume or --init_from, or None.
 
     Flags override the checkpoint (of --resume or --init_from), which overrides the preset, which
-    overrides the defaults. Raises UserError for settings that do not fit each other, the
-    checkpoint or this machine.
+    overrides the defaults. Raises UserError for settings that contradict each other, or
+    do not suit the checkpoint or this machine.
     """
     overrides = parse_flags(TrainConfig, argv, __doc__, describe_presets())
     out_dir = Path(overrides.get("out_dir", TrainConfig.out_dir))
@@ -171,22 +172,22 @@ def load_config(argv):
     runs = [name for name in ("last.pt", "best.pt") if (out_dir / name).exists()]
     if runs and not overrides.get("overwrite"):
         raise UserError(
-            f"{out_dir} already contains a run ({runs[0]}): --resume continues it, --overwrite "
-            f"replaces it, and another --out_dir keeps it"
+            f"{out_dir} already contains a run ({runs[0]}): use --resume to continue it, "
+            f"--overwrite to replace it, or another --out_dir to keep it"
         )
     preset = overrides.get("preset", "auto")
     if preset == "auto":
         device = find_device(overrides.get("device", "auto"))
         preset = "cpu" if device.type == "cpu" else "gpu"
-    base, checkpoint = PRESETS[preset], None
+    inherited, checkpoint = {}, None
     if path := overrides.get("init_from"):
         checkpoint = load_checkpoint(Path(path))
         with checkpoint_errors(Path(path)):
             shape = asdict(DenseFormerConfig(**checkpoint["model_config"]))
-            base = base | {name: checkpoint["train_config"][name] for name in DATA}
-        base |= {name: shape[name] for name in (*SHAPE, "block_size", "dwa")}
+            inherited = {name: checkpoint["train_config"][name] for name in DATA}
+        inherited |= {name: shape[name] for name in (*SHAPE, "block_size", "dwa")}
         check_kept(overrides, {name: shape[name] for name in SHAPE}, path)
-    config = TrainConfig(**(base | overrides | {"preset": preset}))
+    config = TrainConfig(**(PRESETS[preset] | inherited | overrides | {"preset": preset}))
     check(config)
     return config, checkpoint
 
@@ -204,7 +205,7 @@ def resume_config(overrides, out_dir):
     config = TrainConfig(**(base | overrides))
     check(config)
     if step > config.max_iters:
-        raise UsageError(f"--max_iters {config.max_iters}: {out_dir} is at step {step} already")
+        raise UsageError(f"--max_iters {config.max_iters}: {out_dir} is already at step {step}")
     if config.batch_size * config.gradient_accumulation_steps != sequences:
         raise UsageError(
             f"--batch_size x --gradient_accumulation_steps must stay at {sequences} sequences per "
@@ -217,7 +218,7 @@ def check_kept(overrides, kept, owner):
     """Raise UsageError for a flag that would change a setting of `owner` that must be kept."""
     for name, value in kept.items():
         if overrides.get(name, value) != value:
-            raise UsageError(f"--{name} {overrides[name]} is not possible: {owner} has {value}")
+            raise UsageError(f"--{name} {overrides[name]} contradicts {owner}, which has {value}")
 
 
 def check(config):
@@ -227,15 +228,14 @@ def check(config):
             f"--min_lr {config.min_lr} (from a preset if you did not set it) is above "
             f"--learning_rate {config.learning_rate}"
         )
-    find_device(config.device)
     try:
         DenseFormerConfig(**model_settings(config), vocab_size=1)
     except ValueError as error:
         raise UsageError(f"--{error}") from None
     if config.gradient_accumulation_steps % WORLD_SIZE:
         raise UsageError(
-            f"--gradient_accumulation_steps {config.gradient_accumulation_steps} is shared among "
-            f"{WORLD_SIZE} processes and must be divisible by that; a smaller --batch_size keeps "
+            f"--gradient_accumulation_steps {config.gradient_accumulation_steps} must be "
+            f"divisible by the {WORLD_SIZE} processes that share it; lower --batch_size to keep "
             f"the number of tokens per step"
         )
 
@@ -272,7 +272,7 @@ def all_reduce(number, op=distributed.ReduceOp.SUM):
 
 
 class StopSignals:
-    """From install() to restore(), SIGINT and SIGTERM only ask the loop to save and stop.
+    """Between install() and restore(), SIGINT and SIGTERM only ask the loop to save and stop.
 
     A second signal ends the program at once, but is ignored within 3 seconds of the first: a
     scheduler may signal torchrun and its workers, and torchrun then signals the workers again.
@@ -323,7 +323,7 @@ def load_dataset(config):
 
 
 def get_batch(dataset, config, step, micro_batch, device):
-    """Return x and y, (B, T), of random windows: micro-batch 0, 1, 2... of a step.
+    """Return one micro-batch of random windows, x and y, (B, T).
 
     They depend only on the seed, the step and the position in the step, so a run sees the same
     windows after a resume, on any number of GPUs, and with 8 x 1 or 4 x 2 sequences per step.
@@ -339,8 +339,8 @@ def get_batch(dataset, config, step, micro_batch, device):
 def evaluate(model, tokens, config, device, autocast, signals):
     """Return the mean loss over a split, or None if a signal interrupts it.
 
-    Each token is predicted once. A split longer than eval_iters steps' worth of tokens is sampled
-    with that many evenly spaced windows, always the same ones.
+    Each token is predicted once. If the split has more windows than eval_iters steps would read,
+    that many evenly spaced ones are used, the same every time.
     """
     B, T = config.batch_size, config.block_size
     limit = config.eval_iters * B * config.gradient_accumulation_steps
@@ -365,8 +365,8 @@ def get_lr(step, config):
     """Return the learning rate: linear warm-up, then cosine decay to min_lr at the last step."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
-    decay = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, decay)))
+    decay = (step - config.warmup_iters) / (config.max_iters - config.warmup_iters)  # 0 to 1
+    cosine = 0.5 * (1 + math.cos(math.pi * decay))
     return config.min_lr + cosine * (config.learning_rate - config.min_lr)
 
 
@@ -411,7 +411,7 @@ def show_run(model, tokenizer, config, device):
         say(text_heat_map(dwa.alpha.detach().cpu(), dwa.mask.cpu(), max_rows=12))
     prompt = torch.tensor([tokenizer.start], device=device)
     generator = torch.Generator().manual_seed(config.seed)
-    with torch.compiler.set_stance("force_eager"):  # each new length would be compiled
+    with torch.compiler.set_stance("force_eager"):  # compiling every new length would take long
         ids = model.generate(prompt, 300, temperature=0.8, generator=generator)
     text = tokenizer.decode(ids[0, prompt.size(1) :].tolist()).strip()
     say(f"\na sample:\n{rule}\n{text}\n{rule}\nfor more: python sample.py{resume_flags(out_dir)}")
@@ -498,7 +498,7 @@ def train(config, checkpoint, device, signals):
 
     # 5. Compile and DDP
     has_triton = device.type == "cuda" and find_spec("triton") is not None  # not on Windows
-    if has_triton if config.compile is None else config.compile:
+    if config.compile or (config.compile is None and has_triton):
         model.compile()
     ddp_model = model
     if WORLD_SIZE > 1:
@@ -516,7 +516,8 @@ def train(config, checkpoint, device, signals):
     log = Log(out_dir / "log.jsonl", step) if RANK == 0 and step > 0 else None
     bar = tqdm(total=config.max_iters, initial=step, unit="step", leave=False, disable=RANK or None)
     peak = peak_flops(device)
-    start, seconds, steps_timed = time.perf_counter(), 0.0, 0
+    start = time.perf_counter()
+    timer, timed_from = start, step  # for tokens/s
     signals.install()  # until here, Ctrl-C ends the program at once
     model.train()
     while True:
@@ -542,7 +543,7 @@ def train(config, checkpoint, device, signals):
                     "step": step,
                     "best_val_loss": best_val_loss,
                 }
-                # Until here, --overwrite has changed nothing; now all of the old run is replaced.
+                # So far --overwrite has changed nothing; from here on the old run is replaced.
                 if is_best or step == 0:
                     save_checkpoint(out_dir / "best.pt", content)
                 save_checkpoint(out_dir / "last.pt", content)
@@ -556,9 +557,9 @@ def train(config, checkpoint, device, signals):
             say(f"step {step}: val loss {val_loss:.4f}")
             if step == config.max_iters:
                 break
+            timer, timed_from = time.perf_counter(), step  # do not count the evaluation
 
         # accumulate the gradients of the micro-batches
-        step_start = time.perf_counter()
         loss_sum = torch.zeros((), device=device)
         for micro_batch in micro_batches:
             x, y = get_batch(dataset, config, step, micro_batch, device)
@@ -589,19 +590,17 @@ def train(config, checkpoint, device, signals):
         bar.update()
 
         # log
-        steps_timed += 1
         if step % config.log_interval == 0:
             loss_mean = all_reduce(loss_sum.item()) / WORLD_SIZE  # .item() waits for the GPU
             check_finite(loss_mean, [], step, out_dir)
-        seconds += time.perf_counter() - step_start
-        if step % config.log_interval == 0:
-            speed = steps_timed * tokens_per_step / max(seconds, 1e-9)
+            seconds = max(time.perf_counter() - timer, 1e-9)
+            speed = (step - timed_from) * tokens_per_step / seconds
             mfu = speed * model.flops_per_token() / (peak * WORLD_SIZE) if peak else None
             say(f"step {step}: loss {loss_mean:.4f}, lr {lr:.1e}, {speed:,.0f} tokens/s"
                 f"{f', mfu {mfu:.1%}' if mfu else ''}")  # fmt: skip
             if log:
                 log.write(step=step, loss=loss_mean, lr=lr, tokens_per_second=round(speed), mfu=mfu)
-            seconds, steps_timed = 0.0, 0
+            timer, timed_from = time.perf_counter(), step
 
     # 7. The end
     signals.restore()

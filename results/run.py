@@ -19,6 +19,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from checkpoint import load_checkpoint  # noqa: E402
 from config import UsageError, describe_machine, find_device, flag, parse_flags, run_cli  # noqa: E402
 from data.errors import UserError  # noqa: E402
 from denseformer import DWA, DenseFormer, DenseFormerConfig  # noqa: E402
+from figures import new_figure  # noqa: E402
 
 
 @dataclass
@@ -173,7 +175,7 @@ def prune_like(runs, pattern, rate, seed):
     runs.train([flags])
     folder, L = runs.folder(flags), flags["n_layer"]
     dense, like = DWA(L, "1x1"), DWA(L, pattern)
-    earlier = round((1 - like.sparsity()) * L * (L + 1) / 2)  # besides the diagonal
+    earlier = round((1 - like.sparsity()) * L * (L + 1) / 2)  # alphas off the diagonal
     fraction = 1 - (L + earlier) / dense.num_params()
     words = [f"--out_dir={folder}", "--checkpoint=last", f"--prune={fraction!r}", "--tokens=1"]
     run_script("analyze.py", *words)
@@ -192,10 +194,7 @@ def mean_and_error(losses):
 
 def plot(losses, dense, path):
     """Plot the losses, one line per variant: mean, standard error, and every seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure((7.5, 4.2))
     names = list(losses)[::-1]
     for y, name in enumerate(names):
         mean, error = mean_and_error(losses[name])
@@ -215,8 +214,11 @@ def main(argv=None):
     names = list(VARIANTS) if config.variants == "all" else config.variants.split(",")
     if unknown := set(names) - set(VARIANTS):
         raise UsageError(f"--variants: unknown {', '.join(unknown)}; have {', '.join(VARIANTS)}")
-    seeds = [int(seed) for seed in config.seeds.split(",")]
-    rates = [float(rate) for rate in config.sweep.split(",")]
+    try:
+        seeds = [int(seed) for seed in config.seeds.split(",")]
+        rates = [float(rate) for rate in config.sweep.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--seeds and --sweep take numbers separated by commas: {error}") from None
     runs = Runs(config)
 
     # Learning rates
@@ -247,9 +249,8 @@ def main(argv=None):
 
 def report(losses, models, tried, runs, argv):
     """Write results/NAME.md, NAME.json and NAME.png, and print NAME.md."""
-    words = [f'"{word}"' if " " in word else word for word in argv]
     text = [
-        f"Made by `{' '.join(['python results/run.py', *words])}`",
+        f"Made by `python results/run.py {shlex.join(argv)}`",
         f"on {describe_machine(find_device('auto'))}.\n",
         "| model | blocks | parameters | alphas | sparsity | validation loss | minus plain |",
         "|---|---|---|---|---|---|---|",

@@ -1,7 +1,10 @@
 """Fixtures for the tests of the data and of the scripts."""
 
+import itertools
 import os
+import re
 import shutil
+import signal
 import sys
 
 import pytest
@@ -51,30 +54,37 @@ def run(trained, tmp_path):
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """signal_at(step, number) sends this process a signal during that training step."""
-    get_lr = train.get_lr
+    """signal_at(number, name, n) sends this process a signal at the n-th call of train.name."""
 
-    def arm(step, number):
-        def interrupted(now, config):
-            if now == step:
-                os.kill(os.getpid(), number)
-            return get_lr(now, config)
+    def arm(number, name, n):
+        real, calls = getattr(train, name), itertools.count(1)
 
-        monkeypatch.setattr(train, "get_lr", interrupted)
+        def interrupted(*args):
+            if next(calls) == n:
+                signal.raise_signal(number)
+            return real(*args)
+
+        monkeypatch.setattr(train, name, interrupted)
 
     return arm
 
 
 @pytest.fixture
-def ends(monkeypatch, capsys):
-    """Call a script's main as from the command line; return its exit status and its stderr."""
+def fails(monkeypatch, capsys):
+    """Call a script's main as from the command line. It must end with this status, and with one
+    sentence on stderr in which each of these regular expressions is found."""
 
-    def call(script, *args):
+    def call(script, *args, says=(), status=1):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
         with pytest.raises(SystemExit) as exit:
             run_cli(script.main)
-        return exit.value.code, capsys.readouterr().err
+        words = capsys.readouterr().err
+        assert exit.value.code == status, (args, words)
+        assert words.count("\n") == 1, (args, words)
+        assert len(words) > 20, (args, words)
+        for part in says:
+            assert re.search(part, words), (args, words)
 
     return call
 

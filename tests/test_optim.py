@@ -3,14 +3,9 @@
 import pytest
 import torch
 
-from denseformer import DenseFormer, DenseFormerConfig
+from denseformer import DenseFormer
 from optim import Muon, configure_optimizers, orthogonalize, set_lr
-
-
-def tiny(**settings):
-    torch.manual_seed(0)
-    shape = {"vocab_size": 17, "block_size": 8, "n_layer": 3, "n_head": 2, "n_embd": 8}
-    return DenseFormer(DenseFormerConfig(**shape | settings))
+from test_denseformer import tiny
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (2, 8, 32), (3, 2, 12, 12)])
@@ -46,7 +41,7 @@ def test_muon_is_its_formula(shape):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_trained_once_and_the_matrices_decay(optimizer):
-    model = tiny(bias=True, skip_gains=True)
+    model = DenseFormer(tiny(bias=True, skip_gains=True).config)
     model.wpe = torch.nn.Embedding(8, 4)  # a parameter that a user added is trained too
     optimizers = configure_optimizers(model, optimizer, 1e-3, weight_decay=0.1)
     groups = [group for each in optimizers for group in each.param_groups]
@@ -64,7 +59,7 @@ def test_every_parameter_is_trained_once_and_the_matrices_decay(optimizer):
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_the_alphas_have_a_learning_rate_of_their_own(scale):
-    model = tiny()
+    model = DenseFormer(tiny().config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizers = configure_optimizers(model, "muon", 1e-3, 0.0, dwa_lr_scale=scale)
     set_lr(optimizers, 2e-3)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 import types
 
 import pytest
@@ -90,3 +91,9 @@ def test_the_recipe_for_a_new_pattern():
     exec(compile(source.replace(end, recipe + end), "denseformer.py", "exec"), module.__dict__)
     assert module.dwa_rows("powers", 9)[8] == [1, 5, 7, 8, 9]
     assert module.dwa_rows("4x5", 9) == denseformer.dwa_rows("4x5", 9)
+
+
+def test_the_model_needs_only_torch():
+    source = (HERE / "denseformer.py").read_text()
+    names = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.M))
+    assert names - sys.stdlib_module_names == {"torch", "triton"}
