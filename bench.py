@@ -13,6 +13,7 @@ goals were met; the exit status is 1 if any was missed.
 
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -154,6 +155,7 @@ def peak_memory(function, device):
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
+    os.environ["KINETO_LOG_LEVEL"] = "6"  # else the profiler prints when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
