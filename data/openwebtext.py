@@ -1,6 +1,6 @@
 """OpenWebText: 8 million web pages in 80 shards, as GPT-2 tokens.
 
-Shard NN becomes NN.train.bin in the cache (about 113 million tokens, 227 MB), and its parquet file
+Shard NN becomes train-NN.bin in the cache (about 113 million tokens, 227 MB), and its parquet file
 is removed. One document in a hundred, chosen by a hash of its text, is held out. The held-out
 documents of shard 0 are the validation split, however many shards are used; those of the other
 shards are not used at all.
