@@ -132,8 +132,7 @@ def prune(dwa, fraction):
     mask[size.argsort(descending=True)[:number]] = True
     mask = mask.view_as(dwa.alpha)
     pruned = DWA(dwa.n_layer, dwa_pattern(mask), dwa.impl).to(dwa.alpha)
-    pruned.alpha.copy_(dwa.alpha)
-    pruned.alpha.copy_(pruned.weights())
+    pruned.alpha.copy_(torch.where(mask, dwa.alpha, pruned.alpha))
     return pruned
 
 
@@ -275,7 +274,7 @@ def main(argv=None):
     out_dir = Path(config.out_dir)
     run = Run(out_dir / f"{config.checkpoint}.pt", config.tokens, device)
     dwa = run.model.dwa
-    alpha, mask, has_alphas = dwa.alpha.detach().cpu(), dwa.mask.cpu(), dwa.num_params() > 0
+    alpha, mask, has_alphas = dwa.weights().detach().cpu(), dwa.mask.cpu(), dwa.num_params() > 0
     if config.prune and not has_alphas:
         raise UsageError(f"--prune: the model in {out_dir} is a plain Transformer without alphas")
     pattern = dwa.pattern if len(dwa.pattern) < 20 else f"{dwa.pattern[:16]}..."

@@ -96,9 +96,9 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: DenseFormer, tok
         if checkpoint["tokenizer"] != tokenizer.state():
             raise CheckpointError(f"{path} has a different tokenizer than the data")
         model.load_state_dict(checkpoint["model"])
-    _, start = model.dwa.constants()
+    mask, start = model.dwa.constants()
     with torch.no_grad():
-        alpha = model.dwa.weights()  # 0 outside the mask
+        alpha = model.dwa.alpha.masked_fill(~mask, 0)
         model.dwa.alpha.copy_(torch.where(alpha.any(dim=1, keepdim=True), alpha, start))
 
 

@@ -67,7 +67,7 @@ class DenseFormerConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        DWA(self.n_layer, self.dwa, self.dwa_impl)  # raises for an unknown pattern or impl
+        DWA(self.n_layer, self.dwa, self.dwa_impl)  # raises as the model's would
 
 
 # -----------------------------------------------------------------------------
@@ -150,8 +150,9 @@ class DWA(nn.Module):
             raise ValueError(
                 f"dwa {pattern} has no DWA in {n_layer} blocks; none is the plain Transformer"
             )
+        # start is alpha at initialization, and the weights of rows without a DWA
         mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
-        start = torch.zeros(n_layer, n_layer + 1, device="cpu")  # alpha at initialization
+        start = torch.zeros(n_layer, n_layer + 1, device="cpu")
         for i, row in enumerate(self.rows, start=1):
             mask[i - 1, row] = True
             start[i - 1, row[-1] if row else i] = 1
@@ -206,12 +207,9 @@ class DWA(nn.Module):
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
         check_dtype(0, x)
-        if not self.read:  # no DWA at all
-            return NaivePass(self.alpha, self.rows, self.read, x)
-        alpha = F.pad(self.weights(), (0, 0, 1, 0))  # a zero row first, so that row i is DWA i
         if self.use_inplace(x):
-            return InPlacePass(alpha, x)
-        return NaivePass(alpha, self.rows, self.read, x)
+            return InPlacePass(F.pad(self.weights(), (0, 0, 1, 0)), x)  # row i is DWA i
+        return NaivePass(self.weights(), self.rows, self.read, x)
 
     def use_inplace(self, x: Tensor) -> bool:
         # In-place traffic does not depend on the mask. With fewer than about 2.5 mask entries per
@@ -249,7 +247,7 @@ class NaivePass:
                     f"DWA {i} reads X_{j}, but step {j} was skipped or X_{j} was modified in place"
                 )
         # Y_i = sum over j of alpha[i, j] * X_j
-        terms = [self.alpha[i, j] * self.X[j][0] for j in row]
+        terms = [self.alpha[i - 1, j] * self.X[j][0] for j in row]  # row i - 1 is DWA i
         return sum(terms[1:], terms[0]).to(x.dtype)
 
 
@@ -415,17 +413,16 @@ class DenseFormer(nn.Module):
         biases, if any                             0
         alpha                                      the identity, see DWA.reset_parameters
         """
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.dim() < 2:
-                nn.init.ones_(p)
-            elif p is not self.dwa.alpha:
-                residual = name.endswith("c_proj.weight")
-                nn.init.normal_(
-                    p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if residual else 1)
-                )
-        self.dwa.reset_parameters()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj") else 1
+                nn.init.normal_(module.weight, std=0.02 / residual)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | DWA):
+                module.reset_parameters()
+            elif isinstance(module, Block) and module.gains is not None:
+                nn.init.ones_(module.gains)
 
     def compile(self, **options):
         """Compile the blocks, which share one graph, and the loss with torch.compile(**options).

@@ -27,8 +27,8 @@ def configure_optimizers(
     weaken the skip connection across depth, alpha's diagonal. (The authors did decay alpha.)
     A param group's `lr_scale` multiplies the learning rate: dwa_lr_scale for alpha, 1 for others.
     """
-    alpha = model.dwa.alpha
-    others = {name: p for name, p in model.named_parameters() if p is not alpha}
+    alphas = [p for name, p in model.named_parameters() if name.endswith("alpha")]
+    others = {name: p for name, p in model.named_parameters() if not name.endswith("alpha")}
     decayed = {name: p for name, p in others.items() if p.dim() >= 2}
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "muon":
@@ -38,9 +38,9 @@ def configure_optimizers(
     groups = [
         {"params": list(decayed.values()), "weight_decay": weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
-        {"params": [alpha], "weight_decay": 0.0, "lr_scale": dwa_lr_scale},
+        {"params": alphas, "weight_decay": 0.0, "lr_scale": dwa_lr_scale},
     ]
-    fused = alpha.device.type in ("cuda", "cpu")
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
     optimizers.append(torch.optim.AdamW(groups, learning_rate, betas, fused=fused))
     set_lr(optimizers, learning_rate)
     return optimizers

@@ -408,7 +408,7 @@ def show_run(model, tokenizer, config, device):
         say(f"no loss curve: {error}")
     if dwa.num_params():
         say("\nlearned alphas: row Y_i holds the weights of the average that block i + 1 reads")
-        say(text_heat_map(dwa.alpha.detach().cpu(), dwa.mask.cpu(), max_rows=12))
+        say(text_heat_map(dwa.weights().detach().cpu(), dwa.mask.cpu(), max_rows=12))
     prompt = torch.tensor([tokenizer.start], device=device)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.compiler.set_stance("force_eager"):  # compiling every new length would take long
@@ -521,8 +521,8 @@ def train(config, checkpoint, device, signals):
     signals.install()  # until here, Ctrl-C ends the program at once
     model.train()
     while True:
-        if step in snapshots and step >= config.dwa_start_iter and model.dwa.read and log:
-            alpha = [[round(a, 5) for a in row] for row in model.dwa.alpha.tolist()]
+        if step in snapshots and step >= config.dwa_start_iter and model.dwa.num_params() and log:
+            alpha = model.dwa.weights().cpu().double().round(decimals=5).tolist()
             log.write(step=step, alpha=alpha)
 
         # evaluate and save; if a signal asks to stop, only save
