@@ -163,6 +163,9 @@ class DWA(nn.Module):
         self.alpha = nn.Parameter(alpha, requires_grad=bool(self.read))
         self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        return f"{self.n_layer}, {self.pattern!r}, impl={self.impl!r}"
+
     @torch.no_grad()
     def reset_parameters(self):
         """Reset alpha so that Y_i is the newest X_j that DWA i reads: X_i, in most patterns."""
@@ -244,7 +247,7 @@ class NaivePass:
         for j in row:  # without a DWA, Y_j is the tensor X_j itself, which a block may modify
             if j not in self.X or is_modified(*self.X[j]):
                 raise RuntimeError(
-                    f"DWA {i} reads X_{j}, but step {j} was skipped or X_{j} was modified in place"
+                    f"DWA {i} reads X_{j}, but X_{j} was modified in place, or step {j} was skipped"
                 )
         # Y_i = sum over j of alpha[i, j] * X_j
         terms = [self.alpha[i - 1, j] * self.X[j][0] for j in row]  # row i - 1 is DWA i

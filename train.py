@@ -388,11 +388,11 @@ def describe_run(model, dataset, config, device, dtype):
     tokens = config.max_iters * accumulation * B * T
     return (
         f"{name}: {config.n_layer} blocks of {config.n_embd} channels, {model.num_params():,} "
-        f"parameters, {alphas:,} of them alphas\n"
+        f"parameters{f', {alphas:,} of them alphas' if alphas else ''}\n"
         f"{dataset.name}: {len(dataset.train):,} tokens for training, {len(dataset.val):,} for "
         f"validation, vocabulary of {dataset.tokenizer.vocab_size:,}\n"
-        f"{config.max_iters:,} steps of {accumulation * B * T:,} tokens ({accumulation} gradient "
-        f"accumulation steps x {B} sequences x {T}), {tokens / len(dataset.train):.1f} epochs\n"
+        f"{config.max_iters:,} steps of {accumulation * B * T:,} tokens ({accumulation} x {B} "
+        f"sequences of {T}), {tokens / len(dataset.train):.1f} epochs\n"
         f"{model.flops_per_token() * tokens:.1e} FLOPs on {WORLD_SIZE} x {device}, {dtype}"
     )
 

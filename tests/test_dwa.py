@@ -127,6 +127,9 @@ USES = {
     "checkpoint": lambda dwa, blocks, x: run(
         dwa, [partial(checkpoint, block, use_reentrant=False) for block in blocks], x
     ),
+    "checkpoint around all": lambda dwa, blocks, x: checkpoint(
+        run, dwa, blocks, x, use_reentrant=False
+    ),
     "any layout": lambda dwa, blocks, x: run(
         dwa,
         [lambda x, b=b: b(x.transpose(0, 1)).transpose(0, 1) for b in blocks],
