@@ -27,8 +27,8 @@ def configure_optimizers(
     weaken the skip connection across depth, alpha's diagonal. (The authors did decay alpha.)
     A param group's `lr_scale` multiplies the learning rate: dwa_lr_scale for alpha, 1 for others.
     """
-    alphas = [p for name, p in model.named_parameters() if name.endswith("alpha")]
-    others = {name: p for name, p in model.named_parameters() if not name.endswith("alpha")}
+    others = dict(model.named_parameters())
+    alphas = [others.pop(name) for name in list(others) if name.endswith("alpha")]
     decayed = {name: p for name, p in others.items() if p.dim() >= 2}
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "muon":

@@ -33,6 +33,8 @@ class CharTokenizer(Tokenizer):
     end = None
 
     def __init__(self, chars: str):
+        if len(chars) > 1 << 16:
+            raise DataError(f"{len(chars):,} characters do not fit 16 bits: use --tokenizer byte")
         self.chars, self.vocab_size = chars, len(chars)
         self.codes = np.array([ord(c) for c in chars], dtype=np.uint32)
         self.start = [max(0, chars.find("\n"))]

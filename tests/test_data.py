@@ -301,7 +301,7 @@ def starts(server):
      ("resolve", ["stalls", 429, 503, "truncated", 403, "good"],
       [0, 0.5, 0.5, 0.5, 0.75, 0.75], None),
      ("resolve", ["truncated", "ignores Range"], [0, 0.5], None),
-     ("resolve", ["truncated"] * 6, [1 - 0.5**n for n in range(6)], None),
+     ("resolve", ["truncated"] * 6, [1 - 0.5**n for n in range(7)], None),
      ("resolve", ["changed", "good", "good"], [0, 0.5, 0], None),
      ("mirror", ["wrong", "truncated", "good"], [0, 0, 0.5], None)],
 )  # fmt: skip
@@ -312,9 +312,7 @@ def test_download(server, folder, script, begins, says):
             fetch(server, folder, *script, **options)
     else:
         assert fetch(server, folder, *script, **options).read_bytes() == server.files["a.bin"]
-    assert len(starts(server)) == len(begins) or script == ["truncated"] * 6
-    begins = [begin * len(CONTENT) for begin in begins]
-    assert starts(server)[: len(begins)] == pytest.approx(begins, abs=2000)
+    assert starts(server) == pytest.approx([n * len(CONTENT) for n in begins], abs=2000)
     assert cached() == ([] if says else ["a.bin"])
 
 
@@ -507,7 +505,7 @@ def test_the_tokens_of_the_real_vocabulary_are_those_of_nanogpt(monkeypatch):
     pytest.importorskip("tiktoken")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     tokenizer = GPT2Tokenizer()
-    ids = np.fromfile(SHARED / "openwebtext" / "val_nanogpt_layout.bin", "<u2", 5000)
+    ids = np.fromfile(SHARED / "openwebtext" / "val_nanogpt_layout.bin", "u2", 5000)
     first = ids[: ids.tolist().index(tokenizer.end)]
     assert tokenizer.encode(tokenizer.decode(first.tolist())).tolist() == first.tolist()
     assert tokenizer.decode(tokenizer.encode("<|endoftext|>").tolist()) == "<|endoftext|>"
@@ -519,11 +517,11 @@ def test_the_tokens_of_the_real_vocabulary_are_those_of_nanogpt(monkeypatch):
 
 def test_shards_give_back_the_tokens(tmp_path):
     rng = np.random.default_rng(0)
-    parts = [rng.integers(60_000, size=n).astype(np.uint16) for n in (10, 1, 5, 300)]
+    parts = [rng.integers(60_000, size=n).astype(np.uint16) for n in (10, 1, 0, 300)]
     (tmp_path / ".0.bin.part").write_bytes(b"left by a killed process" * 99)
     for i, part in enumerate(parts):
-        shards.write(tmp_path / f"{i}.bin", "<u2", [part[:7], part[7:]])
-    joined = shards.ConcatTokens([shards.read(tmp_path / f"{i}.bin", "<u2") for i in range(4)])
+        shards.write(tmp_path / f"{i}.bin", "u2", [part[:7], part[7:]])
+    joined = shards.ConcatTokens([shards.read(tmp_path / f"{i}.bin", "u2") for i in range(4)])
     whole = np.concatenate(parts)
     assert len(joined) == len(whole)
     for start in range(0, 20):
@@ -535,8 +533,8 @@ def test_shards_give_back_the_tokens(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shards.write(tmp_path / "0.bin", "<u2", interrupted())
-    assert np.array_equal(shards.read(tmp_path / "0.bin", "<u2"), parts[0])
+        shards.write(tmp_path / "0.bin", "u2", interrupted())
+    assert np.array_equal(shards.read(tmp_path / "0.bin", "u2"), parts[0])
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -551,7 +549,7 @@ def test_items_are_mapped_in_order_and_in_bounded_memory(monkeypatch):
 
 
 def test_files_of_nanogpt(small_gpt2, tmp_path):
-    ids = np.random.default_rng(0).integers(260, size=900).astype("<u2")
+    ids = np.random.default_rng(0).integers(260, size=900).astype("u2")
     ids[::50] = 50256
     ids[:800].tofile(tmp_path / "train.bin")
     ids[800:].tofile(tmp_path / "val.bin")

@@ -34,8 +34,10 @@ from data.tokenizer import ByteTokenizer
 from denseformer import DenseFormer
 from tests.helpers import FAULTS, HERE, SMALL, flags, losses, same_weights, script, torchrun
 
-SCRIPTS = [train, sample, analyze, bench]
-SETTINGS = {script: f"{script.__name__.capitalize()}Config" for script in SCRIPTS}
+SETTINGS = {
+    train: train.TrainConfig, sample: sample.SampleConfig, analyze: analyze.AnalyzeConfig,
+    bench: bench.BenchConfig,
+}  # fmt: skip
 slow = pytest.mark.slow
 
 
@@ -390,7 +392,7 @@ def test_files_that_are_not_as_they_should_be(text, run, tmp_path, fails):
 
 def wrong_flags(script):
     """Yield (arguments, what the answer must name): each flag, wrong in each possible way."""
-    settings = getattr(script, SETTINGS[script])
+    settings = SETTINGS[script]
     wrong_values = {
         int: ["many", "1.5", "", "1e3", "0x10", str(2**64)], bool: ["2", "maybe", ""],
         float: ["much", "", "1,5", "nan", "inf", "-inf"], str: [""],
@@ -428,7 +430,7 @@ CONTRADICTIONS = [
 
 def test_wrong_command_lines(fails, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cases = [(script, *case) for script in SCRIPTS for case in wrong_flags(script)]
+    cases = [(script, *case) for script in SETTINGS for case in wrong_flags(script)]
     cases += [(script, words.split(), says) for script, words, says in CONTRADICTIONS]
     for script_, args, says in cases:
         fails(script_, *args, says=[re.escape(says)], status=2)
@@ -436,13 +438,13 @@ def test_wrong_command_lines(fails, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []  # nothing was written
 
 
-@pytest.mark.parametrize("script_", SCRIPTS)
+@pytest.mark.parametrize("script_", SETTINGS)
 def test_help_lists_every_flag(script_, capsys):
     with pytest.raises(SystemExit) as exit:
         script_.main(["--help"])
-    shown, settings = capsys.readouterr().out, getattr(script_, SETTINGS[script_])
+    shown = capsys.readouterr().out
     assert exit.value.code == 0
-    assert all(f"\n  --{f.name} " in shown for f in fields(settings))
+    assert all(f"\n  --{f.name} " in shown for f in fields(SETTINGS[script_]))
     assert script_ is not train or train.describe_presets() in shown
 
 
