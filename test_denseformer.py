@@ -17,6 +17,16 @@ from denseformer import sample as draw
 
 PATTERNS = ["none", "1x1", "2x1", "4x1", "4x5", "3x2", "1x5", "12x1"]
 
+# Where the grids run, and how close they must come to float64. On a GPU, the Triton kernel takes
+# every dtype but float64.
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+PLACES = [
+    pytest.param("cpu", torch.float64, 1e-11, id="cpu"),
+    pytest.param("cuda", torch.float64, 1e-11, marks=NEEDS_GPU, id="cuda-float64"),
+    pytest.param("cuda", torch.float32, 1e-4, marks=NEEDS_GPU, id="cuda-float32"),
+]
+everywhere = pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+
 
 def tiny(dwa="1x1", n_layer=9, **flags):
     """Return a small float64 model with alphas far from the identity, as after training."""
@@ -90,29 +100,37 @@ def all_outputs(depth, x, weights):
 
 
 # Tiles of one row, of sizes that divide the depth and that do not, and of all rows.
+@everywhere
 @pytest.mark.parametrize("impl", ["naive", 1, 3, 4, 8, 99])
 @pytest.mark.parametrize(
     ("pattern", "n_layer"),
     [(p, L) for p in PATTERNS for L in (1, 2, 5, 48) if not is_empty(p, L)],
 )
-def test_dwa_is_the_formula_of_the_paper(pattern, n_layer, impl, monkeypatch):
+def test_dwa_is_the_formula_of_the_paper(
+    pattern, n_layer, impl, device, dtype, tolerance, monkeypatch
+):
     torch.manual_seed(0)
-    dwa = DWA(n_layer, pattern).double()
+    dwa = DWA(n_layer, pattern)
     randomize(dwa)
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(n_layer, 4, dtype=torch.float64, requires_grad=True)
-    alpha = dwa.alpha.detach().nan_to_num(0).requires_grad_()
+    alpha = dwa.alpha.detach().nan_to_num(0)
+    x, weights = torch.randn(2, 3, 4), torch.randn(n_layer, 4)
+    seed = torch.randn(n_layer, 2, 3, 4)
     if impl != "naive":  # in place for every pattern, even where DWA would choose naive
         monkeypatch.setattr(denseformer, "TILE", impl)
     monkeypatch.setattr(DWA, "use_inplace", lambda self, x: impl != "naive")
-    ours = all_outputs(dwa(x), x, weights)
-    paper = all_outputs(Formula(pattern, alpha, x), x, weights)
-    assert_same(ours, paper, 1e-11)
-    seed = torch.randn_like(ours)
-    n = 3 if dwa.num_params() else 2  # are there alphas to train?
-    ours = torch.autograd.grad(ours, (x, weights, dwa.alpha)[:n], seed)
-    paper = torch.autograd.grad(paper, (x, weights, alpha)[:n], seed)
-    assert_same(ours, paper, 1e-11)
+    dwa.to(device, dtype)
+
+    def result(begin, alpha, device, dtype):
+        """Return the outputs and the gradients with respect to x, the weights and the alphas."""
+        inputs = [t.to(device, dtype).requires_grad_() for t in (x, weights)]
+        Y = all_outputs(begin(inputs[0]), *inputs)
+        inputs += [alpha] if dwa.num_params() else []  # are there alphas to train?
+        grads = torch.autograd.grad(Y, inputs, seed.to(device, dtype))
+        return [t.double().cpu() for t in (Y, *grads)]
+
+    alpha = alpha.double().requires_grad_()
+    paper = result(lambda x: Formula(pattern, alpha, x), alpha, "cpu", torch.float64)
+    assert_same(result(dwa, dwa.alpha, device, dtype), paper, tolerance)
 
 
 @pytest.mark.parametrize("impl", ["naive", "inplace"])

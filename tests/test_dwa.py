@@ -18,9 +18,18 @@ from torch.utils.checkpoint import checkpoint
 import denseformer
 from bench import count_traffic, peak_memory
 from denseformer import DWA, DenseFormer
-from test_denseformer import IDX, Formula, all_outputs, assert_same, gradients, randomize, tiny
+from test_denseformer import (
+    IDX,
+    NEEDS_GPU,
+    Formula,
+    all_outputs,
+    assert_same,
+    everywhere,
+    gradients,
+    randomize,
+    tiny,
+)
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # The pattern of a pruned model: some rows do not read their own X_i.
 HOLES = "3:0,2+4:1+5:0,1,2,3+6:2,6+7:0,1,4,5,6+8:1,3,5,6,7+9:0,1,5,7"
 
@@ -32,7 +41,7 @@ HOLES = "3:0,2+4:1+5:0,1,2,3+6:2,6+7:0,1,4,5,6+8:1,3,5,6,7+9:0,1,5,7"
 
 def network():
     torch.manual_seed(1)
-    return nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(9)).double()
+    return nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(9))
 
 
 def run(dwa, blocks, x, watch=lambda i, y: None):
@@ -60,7 +69,7 @@ def use_two_forwards(dwa, blocks, x):
 
 
 def use_interleaved(dwa, blocks, x):
-    other = DWA(9).double()
+    other = DWA(9).to(x)
     other_depth, depth, y, z = other(x), dwa(x), x, x
     for i, block in enumerate(blocks, start=1):
         y, z = depth.step(i, y + block(y)), other_depth.step(i, block(z))
@@ -141,23 +150,23 @@ USES = {
 }
 
 
+@everywhere
 @pytest.mark.parametrize("pattern", ["1x1", "2x1", "last3+9:2,5", HOLES])
 @pytest.mark.parametrize("use", USES.values(), ids=list(USES))
-def test_inplace_gradients_are_naive_ones(use, pattern, monkeypatch):
+def test_inplace_gradients_are_naive_ones(use, pattern, device, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(denseformer, "TILE", 4)
     results = []
-    for impl in ("inplace", "naive"):
+    for impl, *place in (("inplace", device, dtype), ("naive", "cpu", torch.float64)):
         torch.manual_seed(0)
-        dwa = DWA(9, pattern, impl).double()
+        dwa, blocks, x = DWA(9, pattern, impl), network(), torch.randn(2, 3, 8)
         randomize(dwa)
-        blocks, x = network(), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+        net = nn.ModuleDict({"dwa": dwa, "blocks": blocks}).to(*place)
+        x = x.to(*place).requires_grad_()
         assert isinstance(dwa(x), denseformer.InPlacePass) == (impl == "inplace")
         use(dwa, blocks, x).sum().backward()  # of 1, expanded, where it is not a square
-        results.append(
-            gradients(nn.ModuleDict({"dwa": dwa, "blocks": blocks}))
-            | {"x": torch.zeros_like(x) if x.grad is None else x.grad}
-        )
-    assert_same(*results)
+        grads = gradients(net) | {"x": torch.zeros_like(x) if x.grad is None else x.grad}
+        results.append({name: g.double().cpu() for name, g in grads.items()})
+    assert_same(*results, tolerance)
 
 
 # -----------------------------------------------------------------------------
@@ -228,11 +237,11 @@ def test_wrong_use_is_a_runtime_error(wrong):
     dwa = DWA(9).double()
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"DWA|X_") as error:
-        wrong(dwa, network(), x)
+        wrong(dwa, network().double(), x)
     assert len(str(error.value)) > 40
     if wrong in NOT_IN_PLACE:  # the advice in the message works: use naive
         dwa.impl = "naive"
-        wrong(dwa, network(), x)
+        wrong(dwa, network().double(), x)
 
 
 # -----------------------------------------------------------------------------
