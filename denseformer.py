@@ -23,10 +23,12 @@ Notable here:
 Shapes: B sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -282,17 +284,16 @@ def check_dtype(i: int, x: Tensor):
 # The Transformer
 
 
-def rotary_angles(start: int, T: int, head_size: int, x: Tensor) -> Tensor:
-    """Return cos and sin of the rotary angles for positions start..start+T-1, on x's device.
+def rotary_angles(t: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
+    """Return cos and sin of the rotary angles for positions t, (T,): (2, T, head_size / 2).
 
-    (2, T, head_size / 2), in float32 at least. Channel pair m of position t is rotated by
-    t * 10000^(-2m / head_size) (arXiv 2104.09864). Recomputing these in every forward pass is
-    cheap and saves a buffer that would have to be stored, moved and cast.
+    In float32 at least. Channel pair m of position t is rotated by t * 10000^(-2m / head_size)
+    (arXiv 2104.09864). Recomputing these in every forward pass is cheap and saves a buffer that
+    would have to be stored, moved and cast.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    m = torch.arange(head_size // 2, device=x.device, dtype=dtype)
-    t = torch.arange(start, start + T, device=x.device, dtype=dtype).unsqueeze(1)
-    angle = t * 10000.0 ** (-2 * m / head_size)
+    dtype = torch.promote_types(dtype, torch.float32)
+    m = torch.arange(head_size // 2, device=t.device, dtype=dtype)
+    angle = t.to(dtype).unsqueeze(1) * 10000.0 ** (-2 * m / head_size)
     return torch.stack((angle.cos(), angle.sin()))
 
 
@@ -306,14 +307,23 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 class KVCache:
     """The keys and values of the tokens so far, for token-by-token generation.
 
-    Holds up to block_size tokens of B sequences in each layer; `length` is the number of tokens.
+    It has room for block_size tokens of B sequences in each layer. All shapes stay the same, and
+    `length`, the number of tokens so far, is a tensor, so a CUDA graph of one decoding step serves
+    every position.
     """
 
     def __init__(self, config: DenseFormerConfig, B: int, device: torch.device, dtype: torch.dtype):
         head_size = config.n_embd // config.n_head
         shape = (config.n_layer, 2, B, config.n_head, config.block_size, head_size)
-        self.layers = torch.empty(shape, device=device, dtype=dtype).unbind()
-        self.length = 0
+        self.layers = torch.zeros(shape, device=device, dtype=dtype).unbind()
+        self.length = torch.zeros((), device=device, dtype=torch.long)
+
+    def append(self, T: int) -> tuple[Tensor, Tensor]:
+        """Return the positions of T new tokens, (T,), and which positions they attend to, (T,
+        block_size)."""
+        t = self.length + torch.arange(T, device=self.length.device)
+        self.length += T
+        return t, t[:, None] >= torch.arange(self.layers[0].size(3), device=t.device)
 
 
 class CausalSelfAttention(nn.Module):
@@ -325,23 +335,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, kv: Tensor | None = None, past: int = 0) -> Tensor:
-        """x is (B, T, C). kv is (2, B, n_head, block_size, head_size) and holds `past` tokens."""
+    def forward(self, x: Tensor, rotary: Tensor, past: tuple[Tensor, ...] | None = None) -> Tensor:
+        """x is (B, T, C); past is one layer of a KVCache, and its positions and mask."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
         (q, k), v = rotate(qkv[:2], rotary), qkv[2]
-        if kv is not None:
-            kv[0, :, :, past : past + T] = k
-            kv[1, :, :, past : past + T] = v
-            k, v = kv[:, :, :, : past + T]
-        # is_causal is enough without past tokens, and a single new token attends to everything.
-        # Only several new tokens after past ones need an explicit mask.
         mask = None
-        if past and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        if past is not None:
+            kv, t, mask = past
+            k, v = kv.index_copy_(3, t, torch.stack((k, v)))  # (B, n_head, block_size, head_size)
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=not past
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=past is None
         )
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -369,8 +374,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.gains = nn.Parameter(torch.ones(2)) if config.skip_gains else None
 
-    def forward(self, x: Tensor, rotary: Tensor, kv: Tensor | None = None, past: int = 0) -> Tensor:
-        x = self.skip(0, x) + self.attn(self.ln_1(x), rotary, kv, past)
+    def forward(self, x: Tensor, rotary: Tensor, past: tuple[Tensor, ...] | None = None) -> Tensor:
+        x = self.skip(0, x) + self.attn(self.ln_1(x), rotary, past)
         return self.skip(1, x) + self.mlp(self.ln_2(x))
 
     def skip(self, n: int, x: Tensor) -> Tensor:
@@ -471,20 +476,20 @@ class DenseFormer(nn.Module):
         torch.no_grad. Raises ValueError for more tokens than block_size.
         """
         T = idx.size(1)
-        past = cache.length if cache else 0
-        if past + T > self.config.block_size:
-            raise ValueError(f"{past + T} tokens exceed the block_size {self.config.block_size}")
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens exceed the block_size {self.config.block_size}")
+        t, mask = cache.append(T) if cache else (torch.arange(T, device=idx.device), None)
 
         x = self.drop(self.wte(idx))  # (B, T, C)
         # The DWAs read and write the residual stream, so under autocast keep it in 16 bits too.
         x = x.to(self.activation_dtype())
-        rotary = rotary_angles(past, T, self.config.n_embd // self.config.n_head, x)
+        rotary = rotary_angles(t, self.config.n_embd // self.config.n_head, x.dtype)
         depth = self.dwa(x)  # x is X_0
         for i, block in enumerate(self.blocks, start=1):
-            x = block(x, rotary, cache.layers[i - 1] if cache else None, past)  # X_i = B_i(Y_{i-1})
+            past = (cache.layers[i - 1], t, mask) if cache else None
+            x = block(x, rotary, past)  # X_i = B_i(Y_{i-1})
             x = depth.step(i, x)  # Y_i = sum over j of alpha[i, j] X_j
-        if cache:
-            cache.length += T
+        del depth  # without gradients, free the X_j before the logits are computed
 
         if targets is None:
             return self.lm_head(self.ln_f(x[:, [-1]])), None  # (B, 1, V)
@@ -503,26 +508,60 @@ class DenseFormer(nn.Module):
         """
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"the prompt must be non-empty, (B, T), not {tuple(idx.shape)}")
-        block_size, training, cache = self.config.block_size, self.training, None
-        self.eval()  # no dropout
-        try:
-            for _ in range(max_new_tokens):
-                if cache is None or cache.length == block_size:
-                    # Fill a new cache at the start, and for every token once the window slides:
-                    # above the first block, cached keys and values depend on the dropped token.
-                    # Positions restart at 0, since rotary attention uses only their differences.
-                    idx = idx[:, -block_size:]
-                    cache = KVCache(self.config, idx.size(0), idx.device, self.activation_dtype())
-                logits, _ = self(idx[:, cache.length :], cache=cache)
+        cache = KVCache(self.config, idx.size(0), idx.device, self.activation_dtype())
+        decode = CUDAGraph(partial(self, cache=cache)) if idx.is_cuda else partial(self, cache=cache)
+        for n in range(max_new_tokens):
+            with evaluating(self):
+                if idx.size(1) > self.config.block_size:
+                    # The window slides, so positions change, and above the first block cached
+                    # keys and values depend on a token that is gone: compute all of it again.
+                    logits, _ = self(idx[:, -self.config.block_size :])
+                elif n == 0:
+                    logits, _ = self(idx, cache=cache)
+                else:
+                    logits, _ = decode(idx[:, -1:])
                 new = sample(logits[:, -1], *args, **kwargs)
-                idx = torch.cat((idx, new), dim=1)
-                yield new
-        finally:
-            self.train(training)
+            idx = torch.cat((idx, new), dim=1)
+            yield new
 
     def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:
         """Return idx, (B, T), with max_new_tokens more; the other arguments are those of sample."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, without dropout, and then each module into its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class CUDAGraph:
+    """Call a function of one tensor. From the second call on, replay it as a CUDA graph.
+
+    Launching the kernels of one token takes far longer than running them; a graph is one launch.
+    Every call must have an input of the same shape.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.graph = function, None
+
+    def __call__(self, x: Tensor):
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            return self.function(x)  # compiles kernels and allocates workspaces
+        if not hasattr(self, "x"):
+            self.x = x.clone()
+            with torch.cuda.graph(self.graph):
+                self.output = self.function(self.x)
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.output
 
 
 def sample(

@@ -397,7 +397,7 @@ def test_skips_with_gains():
     with torch.no_grad():
         block.gains.copy_(torch.tensor([0.5, -2.0]))
     x = torch.randn(2, 8, 8).double()
-    rotary = denseformer.rotary_angles(0, 8, 4, x)
+    rotary = denseformer.rotary_angles(torch.arange(8), 4, x.dtype)
     attended = 0.5 * x + block.attn(block.ln_1(x), rotary)
     torch.testing.assert_close(block(x, rotary), -2 * attended + block.mlp(block.ln_2(attended)))
     gains(idx, idx)[1].backward()

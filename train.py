@@ -26,7 +26,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -56,6 +56,8 @@ DWA_HELP = """depth-weighted averages: dilation x period such as 4x5; last4, the
  the embedding; connect-to-last; single rows such as 8:0,4,8; several joined by +; or none"""
 INIT_FROM_HELP = """start from the weights of this checkpoint; the model shape must match, and
  dwa, block_size and the data default to its own"""
+COMPILE_HELP = """use torch.compile and, on a single GPU, CUDA graphs (default: only with CUDA and
+ Triton)"""
 PRESET_NAMES = ("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -102,7 +104,7 @@ class TrainConfig:
     # system
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
     dtype: str = flag("auto", "auto: bfloat16 if the hardware supports it", choices=DTYPES)
-    compile: bool | None = flag(None, "use torch.compile (default: only with CUDA and Triton)")
+    compile: bool | None = flag(None, COMPILE_HELP)
     seed: int = flag(1337, "random seed for weights, batches and dropout", low=0)
 
     GROUPS: ClassVar = {
@@ -362,6 +364,23 @@ def evaluate(model, tokens, config, device, autocast, signals):
     return all_reduce(loss_sum) / all_reduce(count)
 
 
+class MicroBatchLoss(nn.Module):
+    """The loss of one micro-batch, as a module that CUDA graphs can replace.
+
+    Launching the kernels of a small model takes longer than running them. Two graphs, of the
+    forward and the backward pass, launch all of them at once.
+    """
+
+    def __init__(self, model, autocast):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, x, y):
+        with self.autocast:
+            _, loss = self.model(x, y)
+        return loss
+
+
 def get_lr(step, config):
     """Return the learning rate: linear warm-up, then cosine decay to min_lr at the last step."""
     if step < config.warmup_iters:
@@ -497,9 +516,10 @@ def train(config, checkpoint, device, signals):
     if checkpoint:
         checkpoint.clear()  # free its memory
 
-    # 5. Compile and DDP
+    # 5. Compile, DDP, CUDA graphs
     has_triton = device.type == "cuda" and find_spec("triton") is not None  # not on Windows
-    if config.compile or (config.compile is None and has_triton):
+    compiled = has_triton if config.compile is None else config.compile
+    if compiled:
         model.compile()
     ddp_model = model
     if WORLD_SIZE > 1:
@@ -508,6 +528,12 @@ def train(config, checkpoint, device, signals):
         unread = any(row and i not in read for i, row in enumerate(rows, start=1))
         ddp_model = DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=unread
+        )
+    micro_batch_loss = MicroBatchLoss(ddp_model, autocast)
+    if compiled and device.type == "cuda" and WORLD_SIZE == 1:
+        x, y = torch.zeros(2, config.batch_size, config.block_size, dtype=torch.long, device=device)
+        micro_batch_loss = torch.cuda.make_graphed_callables(
+            micro_batch_loss, (x, y), allow_unused_input=True
         )
 
     # 6. The loop
@@ -568,9 +594,7 @@ def train(config, checkpoint, device, signals):
                 torch.manual_seed(hash((config.seed, step, micro_batch)))
             if WORLD_SIZE > 1:  # average the gradients once, after the last micro-batch
                 ddp_model.require_backward_grad_sync = micro_batch == micro_batches[-1]
-            with autocast:
-                _, loss = ddp_model(x, y)
-            loss = loss / len(micro_batches)
+            loss = micro_batch_loss(x, y) / len(micro_batches)
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
 
@@ -581,11 +605,13 @@ def train(config, checkpoint, device, signals):
             scaler.unscale_(optimizer)
         if step < config.dwa_start_iter:
             model.dwa.alpha.grad = None  # still frozen
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        # GradScaler.step would decide for each optimizer whether to skip a step that overflowed in
+        # float16, but one norm clips the gradients of all, so all skip it or none does.
+        if not scaler.is_enabled() or norm.isfinite():
+            for optimizer in optimizers:
+                optimizer.step()
+        model.zero_grad(set_to_none=True)
         scaler.update()
         step += 1
         bar.update()
