@@ -11,6 +11,7 @@ slowdown of the machine affects all variants alike. For shapes in GOALS, the las
 goals were met; the exit status is 1 if any was missed.
 """
 
+import copy
 import json
 import math
 import os
@@ -30,6 +31,10 @@ from tqdm import tqdm
 
 from config import UsageError, describe_machine, find_device, flag, parse_flags, run_cli
 from denseformer import DWA, DenseFormer, DenseFormerConfig
+from optim import MicroBatchLoss
+
+COMPILE_MODEL_HELP = """also train the whole model under torch.compile, plain and with the formula;
+ compiling 48 blocks takes minutes"""
 
 
 @dataclass
@@ -41,7 +46,8 @@ class BenchConfig:
     block_size: int = flag(256, "tokens per sequence", low=64)
     vocab_size: int = flag(256, "vocabulary size", low=1)
     dtype: str = flag("float32", "dtype of activations", choices=("float32", "bfloat16"))
-    compile: bool = flag(False, "torch.compile the model")
+    compile: bool = flag(False, "compile blocks and loss; on a GPU, also record CUDA graphs")
+    compile_model: bool = flag(False, COMPILE_MODEL_HELP)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
     rounds: int = flag(5, "measurements of each variant", low=1)
     dwa_only: bool = flag(False, "measure DWA alone, without the model")
@@ -101,6 +107,16 @@ class Append(torch.autograd.Function):
     @staticmethod
     def backward(ctx, G):
         return G[:-1] if len(G) > 1 else None, G[-1], None, None
+
+
+def with_dwa(model, dwa):
+    """Return the model with another DWA, and with the same weights otherwise."""
+    twin = copy.copy(model)
+    twin._modules = model._modules | {"dwa": dwa}
+    return twin
+
+
+BASELINES = ("1x1 naive", "1x1 tensordot")
 
 
 def make_dwas(config, device):
@@ -241,7 +257,7 @@ def matmul_peak(device, dtype):
 # The whole model
 
 
-def make_tasks(model, dwas, config, device):
+def make_tasks(model, dwas, config, device, numbers):
     """Return {column: {row: function}} for the columns train, forward, decode and recompute, and
     the number of tokens that each of the last two decodes, {column: number}."""
     dtype = getattr(torch, config.dtype)
@@ -252,44 +268,50 @@ def make_tasks(model, dwas, config, device):
     optimizer = torch.optim.AdamW(parameters, 1e-9, fused=True)
     new = config.block_size // 4  # decode the last quarter of the context
 
-    def train(dwa):
-        model.dwa = dwa
-        with autocast:
-            loss = model(idx, targets)[1]
-        loss.backward()
+    def train(micro_batch_loss):
+        micro_batch_loss(idx, targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def forward(dwa):
-        model.dwa = dwa
+    def forward(model):
         with autocast:
             model(idx)
 
     def eager():  # the shape changes with every token, so compiling would not pay off
         return torch.compiler.set_stance("force_eager")
 
-    def decode(dwa):
-        model.dwa = dwa
+    def decode(model):
         with autocast, eager():
             model.generate(idx[:1, :-new], new, temperature=0)
 
     @torch.no_grad()
-    def recompute(dwa, tokens=8):
-        model.dwa = dwa
+    def recompute(model, tokens=8):
         with autocast, eager():
             for t in range(tokens):
                 model(idx[:1, : config.block_size - tokens + t])
 
-    tasks = {
-        column: {row: partial(function, dwa) for row, dwa in dwas.items()}
-        for column, function in (("train", train), ("forward", forward))
-    }
+    models = {row: with_dwa(model, dwa) for row, dwa in dwas.items()}
+    tasks = {"train": {}, "forward": {row: partial(forward, m) for row, m in models.items()}}
     if config.decode:  # but not with the baselines, which are for training only
-        baselines = ("1x1 naive", "1x1 tensordot")
-        tasks["decode"] = {r: partial(decode, d) for r, d in dwas.items() if r not in baselines}
-        if "1x1" in dwas:
-            tasks["recompute"] = {"1x1": partial(recompute, dwas["1x1"])}
+        decoders = {row: m for row, m in models.items() if row not in BASELINES}
+        tasks["decode"] = {row: partial(decode, m) for row, m in decoders.items()}
+        if "1x1" in models:
+            tasks["recompute"] = {"1x1": partial(recompute, models["1x1"])}
+    if config.compile_model:
+        for row in ("plain", "1x1 naive"):
+            whole = DenseFormer(model.config).to(device)  # its blocks are not compiled yet
+            whole.load_state_dict(model.state_dict())
+            models[f"{row}, compiled"] = torch.compile(with_dwa(whole, dwas[row]))
+            optimizer.add_param_group({"params": whole.parameters()})
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    for row, m in models.items():
+        loss = MicroBatchLoss(m, autocast)
+        numbers[f"first step {row}"] = clock(partial(train, loss), device)
+        numbers[f"memory train {row}"] = peak_memory(partial(train, loss), device)
+        if config.compile and device.type == "cuda":
+            loss = loss.record(shape, device, pool)
+        tasks["train"][row] = partial(train, loss)
     return tasks, {"decode": new, "recompute": 8}
 
 
@@ -385,12 +407,11 @@ def bench_model(config, device, dwas, report):
     model = DenseFormer(DenseFormerConfig(**shape, dwa="none")).to(device)
     if config.compile:
         model.compile()
-    tasks, tokens = make_tasks(model, dwas, config, device)
+    tasks, tokens = make_tasks(model, dwas, config, device, numbers)
     for column in tasks:
         times[column] = measure(tasks[column], config.rounds, device, column)
-    for column in ("train", "forward"):
-        for row, task in tasks[column].items():
-            numbers[f"memory {column} {row}"] = peak_memory(task, device)
+    for row, task in tasks["forward"].items():
+        numbers[f"memory forward {row}"] = peak_memory(task, device)
 
     print(
         "| whole model | training step, ms | x plain | forward, ms | x plain | decoding, tokens/s "
@@ -399,16 +420,20 @@ def bench_model(config, device, dwas, report):
     )
     activation = config.batch_size * config.block_size * config.n_embd
     activation *= getattr(torch, config.dtype).itemsize
-    for row in dwas:
-        decode = "| "
+    for row in times["train"]:
+        decode = forward = "| "
         if row in times.get("decode", {}):
             speed = tokens["decode"] / statistics.median(times["decode"][row])
             decode = f"{speed:.1f} | {ratio(times['decode'], row):.3f}"
-        step, forward = (numbers[f"memory {column} {row}"] for column in ("train", "forward"))
-        more = (step - numbers["memory train plain"]) / activation
+        memory = numbers[f"memory train {row}"]
+        more = (memory - numbers["memory train plain"]) / activation
+        last = ""
+        if row in times["forward"]:  # not measured under torch.compile
+            forward = cell(times["forward"], row)
+            last = f"{numbers[f'memory forward {row}'] / 1e6:,.0f}"
         print(
-            f"| {row} | {cell(times['train'], row)} | {cell(times['forward'], row)} | {decode} "
-            f"| {step / 1e6:,.0f} | {more:.1f} | {forward / 1e6:,.0f} |"
+            f"| {row} | {cell(times['train'], row)} | {forward} | {decode} "
+            f"| {memory / 1e6:,.0f} | {more:.1f} | {last} |"
         )
         for column in ("train", "forward", "decode"):
             if row in times.get(column, {}):
@@ -422,6 +447,12 @@ def bench_model(config, device, dwas, report):
         f"plain training: {flops / 1e12:.2f} TFLOP/s, {flops / peak:.0%} of the "
         f"{peak / 1e12:.2f} TFLOP/s of a large matrix product"
     )
+    if config.compile_model:
+        for row in ("plain", "1x1 naive"):
+            seconds = numbers[f"first step {row}, compiled"]
+            print(f"torch.compile of the whole model, {row}: {seconds:.0f} s for a training step")
+        if "1x1" in dwas:
+            reached["compiled"] = ratio(times["train"], "1x1 naive, compiled", "1x1")
     if "recompute" in times:
         each = statistics.median(times["recompute"]["1x1"]) / tokens["recompute"]
         reached["recompute"] = each / statistics.median(times["decode"]["1x1"]) * tokens["decode"]

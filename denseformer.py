@@ -476,8 +476,8 @@ class DenseFormer(nn.Module):
         torch.no_grad. Raises ValueError for more tokens than block_size.
         """
         T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens exceed the block_size {self.config.block_size}")
+        if (block_size := self.config.block_size) < T:
+            raise ValueError(f"{T} tokens exceed the block_size {block_size}")
         t, mask = cache.append(T) if cache else (torch.arange(T, device=idx.device), None)
 
         x = self.drop(self.wte(idx))  # (B, T, C)
@@ -509,7 +509,9 @@ class DenseFormer(nn.Module):
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"the prompt must be non-empty, (B, T), not {tuple(idx.shape)}")
         cache = KVCache(self.config, idx.size(0), idx.device, self.activation_dtype())
-        decode = CUDAGraph(partial(self, cache=cache)) if idx.is_cuda else partial(self, cache=cache)
+        decode = (
+            CUDAGraph(partial(self, cache=cache)) if idx.is_cuda else partial(self, cache=cache)
+        )
         for n in range(max_new_tokens):
             with evaluating(self):
                 if idx.size(1) > self.config.block_size:
@@ -542,22 +544,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class CUDAGraph:
-    """Call a function of one tensor. From the second call on, replay it as a CUDA graph.
+    """Call a function of one tensor, of the same shape each time; replay it as a CUDA graph.
 
-    Launching the kernels of one token takes far longer than running them; a graph is one launch.
-    Every call must have an input of the same shape.
+    Launching the kernels of one decoding step takes far longer than running them; a graph is one
+    launch. The first call runs the function itself, which compiles kernels.
     """
 
     def __init__(self, function: Callable):
-        self.function, self.graph = function, None
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
 
     def __call__(self, x: Tensor):
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            return self.function(x)  # compiles kernels and allocates workspaces
-        if not hasattr(self, "x"):
+        self.calls += 1
+        if self.calls == 1:
+            return self.function(x)
+        if self.calls == 2:
             self.x = x.clone()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph):  # records the kernels without running them
                 self.output = self.function(self.x)
         self.x.copy_(x)
         self.graph.replay()

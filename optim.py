@@ -6,9 +6,10 @@ The update is scaled so that AdamW's learning rate and weight decay suit it (arX
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from denseformer import DenseFormer
 
@@ -95,3 +96,26 @@ def orthogonalize(G: Tensor) -> Tensor:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if G.size(-2) > G.size(-1) else X
+
+
+class MicroBatchLoss(nn.Module):
+    """The loss of a micro-batch, (B, T) token ids and targets, under autocast."""
+
+    def __init__(self, model: nn.Module, autocast: torch.autocast):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        with self.autocast:
+            return self.model(idx, targets)[1]
+
+    def record(self, shape: tuple[int, int], device: torch.device, pool=None) -> Callable:
+        """Return this as two CUDA graphs, of the forward and the backward pass.
+
+        Launching the kernels of a small model takes longer than running them; a graph is one
+        launch. Graphs that never run at the same time can share a memory pool.
+        """
+        sample = torch.zeros(2, *shape, dtype=torch.long, device=device)
+        return torch.cuda.make_graphed_callables(
+            self, tuple(sample), allow_unused_input=True, pool=pool
+        )

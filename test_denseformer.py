@@ -408,20 +408,26 @@ def test_skips_with_gains():
 # Generation
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("prompt", [1, 5, 8, 13])  # block_size is 8
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_cached_generation_is_the_full_context_recomputed(pattern, prompt):
-    model = tiny(pattern).float()
-    idx = torch.randint(17, (3, prompt))
-    logits = []
-    model.ln_f.register_forward_hook(lambda m, i, o: logits.append(model.lm_head(o)[:, -1]))
-    ours = model.generate(idx, 12, temperature=0)
-    cached, expected = logits[:], idx
-    for t in range(12):
+def test_cached_generation_is_the_full_context_recomputed(pattern, prompt, device, monkeypatch):
+    cached = []
+
+    def watch(logits, *args, **kwargs):
+        cached.append(logits.clone())
+        return draw(logits, *args, **kwargs)
+
+    monkeypatch.setattr(denseformer, "sample", watch)
+    model = tiny(pattern).float().to(device)
+    idx = torch.randint(17, (3, prompt)).to(device)
+    ours, expected = model.generate(idx, 12, temperature=0), idx
+    for logits in cached:
         full = model(expected[:, -8:])[0][:, -1]
-        torch.testing.assert_close(cached[t], full, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-5)
         expected = torch.cat((expected, full.argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(ours, expected)
+    assert len(cached) == 12
 
 
 @torch.no_grad()

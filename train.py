@@ -37,7 +37,7 @@ from data.dataset import eval_offsets, stack_windows
 from data.errors import UserError
 from denseformer import DenseFormer, DenseFormerConfig
 from figures import plot_losses, text_heat_map
-from optim import configure_optimizers, set_lr
+from optim import MicroBatchLoss, configure_optimizers, set_lr
 
 # set by torchrun in each process; without it there is a single process, of rank 0
 RANK = int(os.environ.get("RANK", 0))
@@ -364,23 +364,6 @@ def evaluate(model, tokens, config, device, autocast, signals):
     return all_reduce(loss_sum) / all_reduce(count)
 
 
-class MicroBatchLoss(nn.Module):
-    """The loss of one micro-batch, as a module that CUDA graphs can replace.
-
-    Launching the kernels of a small model takes longer than running them. Two graphs, of the
-    forward and the backward pass, launch all of them at once.
-    """
-
-    def __init__(self, model, autocast):
-        super().__init__()
-        self.model, self.autocast = model, autocast
-
-    def forward(self, x, y):
-        with self.autocast:
-            _, loss = self.model(x, y)
-        return loss
-
-
 def get_lr(step, config):
     """Return the learning rate: linear warm-up, then cosine decay to min_lr at the last step."""
     if step < config.warmup_iters:
@@ -531,10 +514,7 @@ def train(config, checkpoint, device, signals):
         )
     micro_batch_loss = MicroBatchLoss(ddp_model, autocast)
     if compiled and device.type == "cuda" and WORLD_SIZE == 1:
-        x, y = torch.zeros(2, config.batch_size, config.block_size, dtype=torch.long, device=device)
-        micro_batch_loss = torch.cuda.make_graphed_callables(
-            micro_batch_loss, (x, y), allow_unused_input=True
-        )
+        micro_batch_loss = micro_batch_loss.record((config.batch_size, config.block_size), device)
 
     # 6. The loop
     micro_batches = range(RANK, config.gradient_accumulation_steps, WORLD_SIZE)  # of this process
