@@ -109,10 +109,10 @@ class Append(torch.autograd.Function):
         return G[:-1] if len(G) > 1 else None, G[-1], None, None
 
 
-def with_dwa(model, dwa):
-    """Return the model with another DWA, and with the same weights otherwise."""
+def replace(model, **modules):
+    """Return a model that shares all modules of this one but these."""
     twin = copy.copy(model)
-    twin._modules = model._modules | {"dwa": dwa}
+    twin._modules = model._modules | modules
     return twin
 
 
@@ -257,7 +257,7 @@ def matmul_peak(device, dtype):
 # The whole model
 
 
-def make_tasks(model, dwas, config, device, numbers):
+def make_tasks(model, uncompiled, dwas, config, device, numbers):
     """Return {column: {row: function}} for the columns train, forward, decode and recompute, and
     the number of tokens that each of the last two decodes, {column: number}."""
     dtype = getattr(torch, config.dtype)
@@ -291,19 +291,15 @@ def make_tasks(model, dwas, config, device, numbers):
             for t in range(tokens):
                 model(idx[:1, : config.block_size - tokens + t])
 
-    models = {row: with_dwa(model, dwa) for row, dwa in dwas.items()}
+    models = {row: replace(model, dwa=dwa) for row, dwa in dwas.items()}
     tasks = {"train": {}, "forward": {row: partial(forward, m) for row, m in models.items()}}
     if config.decode:  # but not with the baselines, which are for training only
         decoders = {row: m for row, m in models.items() if row not in BASELINES}
         tasks["decode"] = {row: partial(decode, m) for row, m in decoders.items()}
         if "1x1" in models:
             tasks["recompute"] = {"1x1": partial(recompute, models["1x1"])}
-    if config.compile_model:
-        for row in ("plain", "1x1 naive"):
-            whole = DenseFormer(model.config).to(device)  # its blocks are not compiled yet
-            whole.load_state_dict(model.state_dict())
-            models[f"{row}, compiled"] = torch.compile(with_dwa(whole, dwas[row]))
-            optimizer.add_param_group({"params": whole.parameters()})
+    for row in ("plain", "1x1 naive") if config.compile_model else ():
+        models[f"{row}, compiled"] = torch.compile(replace(uncompiled, dwa=dwas[row]))
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for row, m in models.items():
         loss = MicroBatchLoss(m, autocast)
@@ -338,6 +334,8 @@ def main(argv=None):
     config = BenchConfig(**((GPU if device.type == "cuda" else {}) | overrides))
     if config.n_embd % 64:
         raise UsageError(f"--n_embd must be a multiple of 64, not {config.n_embd}")
+    if config.compile_model:  # measure the seconds of a first compilation
+        os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
     torch.manual_seed(0)
     try:
         dwas = make_dwas(config, device)
@@ -405,9 +403,11 @@ def bench_model(config, device, dwas, report):
     names = ("vocab_size", "block_size", "n_layer", "n_embd")
     shape = {name: getattr(config, name) for name in names} | {"n_head": config.n_embd // 64}
     model = DenseFormer(DenseFormerConfig(**shape, dwa="none")).to(device)
+    blocks = torch.nn.ModuleList(copy.copy(block) for block in model.blocks)
+    uncompiled = replace(model, blocks=blocks, loss=copy.copy(model.loss))
     if config.compile:
         model.compile()
-    tasks, tokens = make_tasks(model, dwas, config, device, numbers)
+    tasks, tokens = make_tasks(model, uncompiled, dwas, config, device, numbers)
     for column in tasks:
         times[column] = measure(tasks[column], config.rounds, device, column)
     for row, task in tasks["forward"].items():
