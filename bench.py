@@ -305,9 +305,11 @@ def make_tasks(model, uncompiled, dwas, config, device, numbers):
         loss = MicroBatchLoss(m, autocast)
         numbers[f"first step {row}"] = clock(partial(train, loss), device)
         numbers[f"memory train {row}"] = peak_memory(partial(train, loss), device)
-        if config.compile and device.type == "cuda":
-            loss = loss.record(shape, device, pool)
         tasks["train"][row] = partial(train, loss)
+    if config.compile and device.type == "cuda":
+        for row, m in models.items():
+            loss = MicroBatchLoss(m, autocast).record(shape, device, pool)
+            tasks["train"][row] = partial(train, loss)
     return tasks, {"decode": new, "recompute": 8}
 
 

@@ -492,7 +492,7 @@ class DenseFormer(nn.Module):
         del depth  # without gradients, free the X_j before the logits are computed
 
         if targets is None:
-            return self.lm_head(self.ln_f(x[:, [-1]])), None  # (B, 1, V)
+            return self.lm_head(self.ln_f(x[:, -1:])), None  # (B, 1, V)
         logits = self.lm_head(self.ln_f(x))  # (B, T, V)
         return logits, self.loss(logits, targets)
 

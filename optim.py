@@ -5,6 +5,7 @@ update matrix with the nearest orthogonal one, so that all directions are learne
 The update is scaled so that AdamW's learning rate and weight decay suit it (arXiv 2502.16982).
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -115,6 +116,9 @@ class MicroBatchLoss(nn.Module):
         Launching the kernels of a small model takes longer than running them; a graph is one
         launch. Graphs that never run at the same time can share a memory pool.
         """
+        # Gradients are summed on another stream than the one that recorded the graphs. That is
+        # safe, since no kernel of either runs before the graph has finished.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         sample = torch.zeros(2, *shape, dtype=torch.long, device=device)
         return torch.cuda.make_graphed_callables(
             self, tuple(sample), allow_unused_input=True, pool=pool
