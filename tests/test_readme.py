@@ -23,6 +23,12 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
+def code(part):
+    """Return the only Python block that contains this text."""
+    (block,) = [block for block in blocks("python") if part in block]
+    return block
+
+
 def shorten(script, args):
     """Return the arguments, followed by others that shorten the run."""
     if script == "bench.py":
@@ -68,9 +74,8 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_three_lines_make_a_denseformer():
-    three_lines, model = blocks("python")[:2]
     namespace = {"nn": nn, "Block": lambda: nn.Linear(8, 8)}
-    exec(three_lines, namespace)
+    exec(code("class Network"), namespace)
     network, x = namespace["Network"](8), torch.randn(2, 3, 8)
     plain = x
     for block in network.blocks:
@@ -78,13 +83,28 @@ def test_the_three_lines_make_a_denseformer():
     torch.testing.assert_close(network(x), plain)  # initially the same network
     network(x).sum().backward()
     assert (network.dwa.alpha.grad != 0).equal(network.dwa.mask)
+
+
+def test_the_optimizer_does_not_decay_alpha():
+    network = nn.ModuleDict({"dwa": denseformer.DWA(3), "block": nn.Linear(4, 4)})
+    namespace = {"torch": torch, "network": network}
+    exec(code("torch.optim"), namespace)
+    before = [p.clone() for p in network.parameters()]
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    namespace["optimizer"].step()  # decay alone changes parameters
+    changed = [not p.equal(q) for p, q in zip(network.parameters(), before, strict=True)]
+    assert changed == [False, True, True]  # alpha, weight, bias
+
+
+def test_the_model_in_other_code():
     namespace = {"idx": torch.zeros(1, 3, dtype=torch.long), "targets": torch.ones(1, 3).long()}
-    exec(model, namespace)
+    exec(code("DenseFormerConfig("), namespace)
     assert namespace["idx"].shape == (1, 103)
 
 
 def test_the_recipe_for_a_new_pattern():
-    recipe = blocks("python")[2]
+    recipe = code('part == "powers"')
     source, end = (HERE / "denseformer.py").read_text(), '        elif part != "none":\n'
     assert source.count(end) == 1
     module = types.ModuleType("denseformer_with_powers")
