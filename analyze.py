@@ -23,11 +23,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from checkpoint import CheckpointError, checkpoint_errors, load_model, save_checkpoint
+from checkpoint import checkpoint_errors, load_model, save_checkpoint
 from config import UsageError, find_device, flag, parse_flags, run_cli
 from data.dataset import eval_offsets, stack_windows
-from data.errors import UserError
 from denseformer import DWA, dwa_pattern
+from errors import UserError
 from figures import new_figure, text_heat_map
 
 BATCH_SIZE = 8
@@ -59,7 +59,7 @@ class Run:
             name, tokenizer, shards = (train[k] for k in ("dataset", "tokenizer", "shards"))
         dataset = data.load(name, T, tokenizer, shards)
         if dataset.fingerprint() != fingerprint:
-            raise CheckpointError(f"{name} is not the data that {path} was trained on")
+            raise UserError(f"{name} is not the data that {path} was trained on")
         self.val = dataset.val
         self.offsets = eval_offsets(dataset.val, T, max(1, tokens // T))
 

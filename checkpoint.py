@@ -9,36 +9,31 @@ from typing import Any
 
 import torch
 
-from data.errors import UserError
-from data.shards import open_new
 from data.tokenizer import Tokenizer, from_state
 from denseformer import DenseFormer, DenseFormerConfig
+from errors import UserError, open_new
 
 FORMAT = "denseformer-2"
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, from another program, or cannot be written."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]):
     """Save a checkpoint. A crash at any moment leaves the previous one intact.
 
-    Raises CheckpointError if it cannot be written.
+    Raises UserError if it cannot be written.
     """
     try:
         with open_new(path) as file:
             torch.save({"format": FORMAT, **checkpoint}, file)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
     except RuntimeError:  # torch reports a full disk as an internal C++ error
-        raise CheckpointError(f"cannot write {path}: is the disk full?") from None
+        raise UserError(f"cannot write {path}: is the disk full?") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the contents of a checkpoint, with all tensors on the CPU.
 
-    Raises CheckpointError if the file is missing, damaged, or of another format.
+    Raises UserError if the file is missing, damaged, or of another format.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
@@ -47,13 +42,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["format"]
     except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint found at {path}") from None
+        raise UserError(f"no checkpoint found at {path}") from None
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # a damaged archive can fail in any way
-        raise CheckpointError(f"{path} is damaged or not a DenseFormer checkpoint") from None
+        raise UserError(f"{path} is damaged or not a DenseFormer checkpoint") from None
     if found != FORMAT:
-        raise CheckpointError(
+        raise UserError(
             f"{path} has format {found!r}, but this version reads only {FORMAT!r}: retrain the "
             f"model, or use the version that saved it"
         )
@@ -62,12 +57,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def checkpoint_errors(path: Path) -> Iterator[None]:
-    """Convert errors from malformed checkpoints into CheckpointError."""
+    """Convert errors from malformed checkpoints into UserError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
+        raise UserError(
             f"{path} cannot be used with this version of DenseFormer: {type(error).__name__}: "
             f"{reason}"
         ) from None
@@ -76,7 +71,7 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
 def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer, dict[str, Any]]:
     """Return the model in a checkpoint, in evaluation mode, its tokenizer, and the checkpoint.
 
-    Raises CheckpointError as load_checkpoint does.
+    Raises UserError as load_checkpoint does.
     """
     checkpoint = load_checkpoint(path)
     with checkpoint_errors(path):
@@ -90,11 +85,11 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: DenseFormer, tok
     """Load the weights of a checkpoint whose DWA pattern may differ from the model's.
 
     Alphas that only the model has start at 0, or, in rows where the checkpoint has none, at the
-    identity. Raises CheckpointError, which names the path, for another shape or tokenizer.
+    identity. Raises UserError, which names the path, for another shape or tokenizer.
     """
     with checkpoint_errors(path):
         if checkpoint["tokenizer"] != tokenizer.state():
-            raise CheckpointError(f"{path} has a different tokenizer than the data")
+            raise UserError(f"{path} has a different tokenizer than the data")
         model.load_state_dict(checkpoint["model"])
     mask, start = model.dwa.constants()
     with torch.no_grad():

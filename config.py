@@ -27,7 +27,7 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
-from data.errors import UserError
+from errors import UserError
 
 
 class UsageError(UserError):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import CheckpointError, load_model
+from checkpoint import load_model
 from config import UsageError, find_device, flag, parse_flags, run_cli
-from data.errors import DataError
+from errors import UserError
 
 
 @dataclass
@@ -40,11 +40,11 @@ def read_prompt(start, tokenizer):
         try:
             text = path.read_bytes().decode("utf-8-sig")  # without a byte-order mark
         except UnicodeDecodeError:
-            raise DataError(f"--start: {path} is not UTF-8 text") from None
+            raise UserError(f"--start: {path} is not UTF-8 text") from None
         except OSError as error:
-            raise DataError(f"--start: cannot read {path}: {error.strerror}") from None
+            raise UserError(f"--start: cannot read {path}: {error.strerror}") from None
         if not text:
-            raise DataError(f"--start: {path} is empty")
+            raise UserError(f"--start: {path} is empty")
         if "\r" not in getattr(tokenizer, "chars", ""):  # trained on text without \r
             text = text.replace("\r\n", "\n")
     return text, torch.tensor([tokenizer.encode(text).tolist()])
@@ -57,7 +57,7 @@ def main(argv=None):
     device = find_device(config.device)
     out_dir = Path(config.out_dir)
     if not out_dir.is_dir():
-        raise CheckpointError(f"no run in {out_dir}; train one with python train.py")
+        raise UserError(f"no run in {out_dir}; train one with python train.py")
     model, tokenizer, _ = load_model(out_dir / f"{config.checkpoint}.pt", device)
     text, prompt = read_prompt(config.start, tokenizer)
     for n in range(config.num_samples):

@@ -34,8 +34,8 @@ import data
 from checkpoint import Log, checkpoint_errors, load_checkpoint, load_weights, save_checkpoint
 from config import UsageError, find_device, find_dtype, flag, parse_flags, peak_flops, run_cli
 from data.dataset import eval_offsets, stack_windows
-from data.errors import UserError
 from denseformer import DenseFormer, DenseFormerConfig
+from errors import UserError
 from figures import plot_losses, text_heat_map
 from optim import MicroBatchLoss, configure_optimizers, set_lr
 
@@ -310,9 +310,9 @@ def load_dataset(config):
     # One process downloads and tokenizes while the others wait for its lock.
     try:
         dataset = data.load(config.dataset, config.block_size, config.tokenizer, config.shards)
-    except data.DataError as error:
+    except UserError as error:
         hint = "; if the data has moved, add --dataset" if config.resume else ""
-        raise data.DataError(f"{error}{hint}") from None
+        raise UserError(f"{error}{hint}") from None
     # --resume needs the name, since the default depends on whether the download works.
     config.dataset = config.dataset or dataset.name
     config.tokenizer = dataset.tokenizer.state()["kind"]

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 from data import openwebtext, pydoc_topics, shakespeare, textfile
 from data.dataset import Dataset
-from data.errors import DataError
+from errors import UserError
 
-__all__ = ["DATASETS", "DataError", "Dataset", "load"]
+__all__ = ["DATASETS", "Dataset", "load"]
 
 # {name: function of the tokenizer's name, or None, and the number of shards}
 DATASETS: dict[str, Callable[[str | None, int], Dataset]] = {
@@ -34,7 +34,7 @@ def load(
 
     None means Tiny Shakespeare, or pydoc if Tiny Shakespeare cannot be downloaded.
     tokenizer is char, byte, gpt2, or None to choose by the text. n_shards is for openwebtext.
-    Raises DataError if the data cannot be loaded, or if a split is too short for one window of
+    Raises UserError if the data cannot be loaded, or if a split is too short for one window of
     block_size tokens and the token after it.
     """
     if name is None:
@@ -46,10 +46,10 @@ def load(
     else:
         close = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the data sets are {', '.join(DATASETS)}"
-        raise DataError(f"there is no data set, file or folder {name!r}; {hint}")
+        raise UserError(f"there is no data set, file or folder {name!r}; {hint}")
     for split, tokens in (("train", dataset.train), ("val", dataset.val)):
         if len(tokens) <= block_size:
-            raise DataError(
+            raise UserError(
                 f"{dataset.name} is too short: its {split} split has {len(tokens)} tokens, and a "
                 f"block_size of {block_size} needs at least {block_size + 1}"
             )
@@ -60,7 +60,7 @@ def load_default(tokenizer: str | None) -> Dataset:
     """Return Tiny Shakespeare, or pydoc and print why."""
     try:
         return shakespeare.load(tokenizer, deadline=PATIENCE)
-    except DataError as error:
+    except UserError as error:
         print(
             f"CANNOT DOWNLOAD TINY SHAKESPEARE ({error}): TRAINING ON PYTHON'S LANGUAGE REFERENCE "
             f"INSTEAD. To require it, use --dataset shakespeare; or use --dataset YOUR.txt",

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import DataError
 from data.shards import ConcatTokens
 from data.tokenizer import Tokenizer, make_tokenizer
+from errors import UserError
 
 VAL_FRACTION = 0.1  # the last tenth of a text is for validation
 SAMPLES, SAMPLE = 64, 1 << 20  # fingerprint() reads 64 samples of a million tokens from a split
@@ -54,7 +54,7 @@ def stack_windows(
     """Return x, the windows of `tokens` at these offsets, and y, the tokens that follow: (B, T).
 
     Positions past the end of the tokens, and rows without an offset, have target -1, which the
-    loss ignores: all batches have one shape, so a model is compiled once. Raises DataError for a
+    loss ignores: all batches have one shape, so a model is compiled once. Raises UserError for a
     token outside the vocabulary.
     """
     B, T = shape
@@ -65,7 +65,7 @@ def stack_windows(
         ids[0, row, : len(window) - 1] = window[:-1]
         ids[1, row, : len(window) - 1] = window[1:]
     if (largest := ids.max()) >= vocab_size:
-        raise DataError(
+        raise UserError(
             f"the data has the token {largest}, but its tokenizer has only {vocab_size}: the data "
             f"is damaged, or was made with another tokenizer"
         )

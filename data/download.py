@@ -13,8 +13,8 @@ from pathlib import Path
 import filelock
 import requests
 
-from data.errors import DataError
 from data.progress import make_once, progress_bar, say
+from errors import UserError
 
 CHUNK = 1 << 14  # bytes; a broken connection loses less than one chunk
 TIMEOUT = (5.0, 15.0)  # seconds to connect, and to wait for the next bytes
@@ -43,7 +43,7 @@ def fetch(url: str, path: Path, sha256: str | None = None, deadline: float | Non
     url is an http(s) address or the path of a local copy. sha256 defaults to the one that the hub
     sends. An interrupted download is resumed, by a later run too, if the server sends an ETag.
     Processes that want the same file share one download. With a deadline in seconds there is a
-    single attempt. Raises DataError with the reason.
+    single attempt. Raises UserError with the reason.
     """
     part, tag = (path.with_name(f".{path.name}.{end}") for end in ("part", "tag"))
 
@@ -63,7 +63,7 @@ def fetch(url: str, path: Path, sha256: str | None = None, deadline: float | Non
     try:
         make_once(path, make, lambda: is_whole(path, sha256), deadline or -1)
     except (OSError, ValueError, Failed) as error:
-        raise DataError(f"cannot get {url}: {reason(error)}") from None
+        raise UserError(f"cannot get {url}: {reason(error)}") from None
     return path
 
 

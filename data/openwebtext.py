@@ -16,9 +16,9 @@ import numpy as np
 
 from data import download, shards
 from data.dataset import Dataset
-from data.errors import DataError
 from data.progress import make_once, progress_bar
 from data.tokenizer import GPT2Tokenizer
+from errors import UserError
 
 REPOSITORY = "datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c"
 SHARDS = 80
@@ -29,12 +29,12 @@ def load(kind: str | None, n: int) -> Dataset:
     """Return the first n shards, downloaded and tokenized unless they are in the cache.
 
     OPENWEBTEXT_URL in the environment names a mirror or a folder with the same files. Raises
-    DataError.
+    UserError.
     """
     if kind not in (None, "gpt2"):
-        raise DataError(f"openwebtext comes as GPT-2 tokens, so --tokenizer cannot be {kind}")
+        raise UserError(f"openwebtext comes as GPT-2 tokens, so --tokenizer cannot be {kind}")
     if not 1 <= n <= SHARDS:
-        raise DataError(f"openwebtext has shards 1 to {SHARDS}, so --shards cannot be {n}")
+        raise UserError(f"openwebtext has shards 1 to {SHARDS}, so --shards cannot be {n}")
     tokenizer = GPT2Tokenizer()
     folder = download.cache_dir() / "openwebtext"
     train, val = [folder / f"train-{i:02d}.bin" for i in range(n)], folder / "val.bin"
@@ -44,7 +44,7 @@ def load(kind: str | None, n: int) -> Dataset:
         tokens = shards.ConcatTokens([shards.read(path, "u2") for path in train])
         return Dataset("openwebtext", tokens, shards.read(val, "u2"), tokenizer)
     except OSError as error:
-        raise DataError(f"openwebtext: {error.filename or folder}: {error.strerror}") from None
+        raise UserError(f"openwebtext: {error.filename or folder}: {error.strerror}") from None
 
 
 def prepare(i: int, train: Path, val: Path, tokenizer: GPT2Tokenizer) -> None:
@@ -52,7 +52,7 @@ def prepare(i: int, train: Path, val: Path, tokenizer: GPT2Tokenizer) -> None:
 
     def make() -> None:
         if find_spec("pyarrow") is None:
-            raise DataError("openwebtext needs pyarrow: pip install pyarrow")
+            raise UserError("openwebtext needs pyarrow: pip install pyarrow")
         url = os.environ.get("OPENWEBTEXT_URL") or f"{download.hub_url()}/{REPOSITORY}"
         parquet = train.with_name(f"{i:02d}.parquet")
         download.fetch(f"{url.rstrip('/')}/{NAME.format(i)}", parquet)
@@ -79,13 +79,13 @@ def tokenize(parquet: Path, tokenizer: GPT2Tokenizer, held_out: list) -> Iterato
             yield ids
     if not held_out:
         parquet.unlink()
-        raise DataError(f"{parquet.name} has too few documents for a shard of openwebtext")
+        raise UserError(f"{parquet.name} has too few documents for a shard of openwebtext")
 
 
 def documents(parquet: Path) -> Iterator[str]:
     """Yield the texts in a parquet file, reading one row group at a time (about 1,000 documents).
 
-    Removes a file that is not a shard of openwebtext, and raises DataError.
+    Removes a file that is not a shard of openwebtext, and raises UserError.
     """
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -104,4 +104,4 @@ def documents(parquet: Path) -> Iterator[str]:
     except (ArrowException, OSError, KeyError, TypeError, UnicodeDecodeError) as error:
         parquet.unlink()
         words = " ".join(str(error).split())
-        raise DataError(f"{parquet.name} is not a shard of openwebtext: {words}") from None
+        raise UserError(f"{parquet.name} is not a shard of openwebtext: {words}") from None

@@ -1,7 +1,7 @@
 """Python's language reference: half a megabyte of English that comes with Python."""
 
 from data.dataset import Dataset, from_text
-from data.errors import DataError
+from errors import UserError
 
 
 def load(kind: str | None) -> Dataset:
@@ -9,5 +9,5 @@ def load(kind: str | None) -> Dataset:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise DataError("this Python comes without pydoc_data") from None
+        raise UserError("this Python comes without pydoc_data") from None
     return from_text("pydoc", "\n".join(topics[name] for name in sorted(topics)), kind)

@@ -12,7 +12,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def load(kind: str | None, deadline: float | None = None) -> Dataset:
     """Return the data set, downloaded unless it is in the cache; deadline is that of fetch().
 
-    SHAKESPEARE_URL in the environment names a mirror or a local copy. Raises DataError.
+    SHAKESPEARE_URL in the environment names a mirror or a local copy. Raises UserError.
     """
     url = os.environ.get("SHAKESPEARE_URL") or URL
     path = download.fetch(url, download.cache_dir() / "tinyshakespeare.txt", SHA256, deadline)

@@ -1,31 +1,14 @@
 """Token ids on disk, as nanoGPT keeps them: bare integers, memory-mapped."""
 
-import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-
-@contextlib.contextmanager
-def open_new(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing; it replaces `path` once complete.
-
-    One process at a time may write to a path; it overwrites what a killed one left.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+from errors import open_new
 
 
 def write(path: Path, dtype: str, arrays: Iterable[np.ndarray]) -> None:

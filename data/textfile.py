@@ -12,9 +12,9 @@ from tqdm import tqdm
 from data import shards
 from data.dataset import Dataset, split
 from data.download import cache_dir
-from data.errors import DataError
 from data.progress import make_once, progress_bar
 from data.tokenizer import GPT2Tokenizer, Tokenizer, make_tokenizer
+from errors import UserError
 
 LARGE = 100_000_000  # bytes; the tokens of a longer text are kept in a file, not in memory
 CHUNK = 1 << 20  # bytes to read at a time
@@ -30,7 +30,7 @@ def load(name: str, kind: str | None) -> Dataset:
     A folder has train.bin and val.bin, or train.txt and val.txt, or any .txt files. kind is a
     tokenizer's name; None stands for char if the text has at most 256 different characters and
     100 MB, and for byte otherwise. The last tenth is for validation, unless there is a val.txt.
-    Raises DataError for text that cannot be read, is empty, or is not UTF-8.
+    Raises UserError for text that cannot be read, is empty, or is not UTF-8.
     """
     path = Path(name)
     try:
@@ -41,10 +41,10 @@ def load(name: str, kind: str | None) -> Dataset:
             parts = [sorted(path.glob("*.txt")) if path.is_dir() else [path]]
         files = [file for part in parts for file in part]
         if not files:
-            raise DataError(f"the folder {path} has neither .txt files nor train.bin and val.bin")
+            raise UserError(f"the folder {path} has neither .txt files nor train.bin and val.bin")
         size = sum(file.stat().st_size for file in files)
         if size == 0:
-            raise DataError(f"{path} is empty")
+            raise UserError(f"{path} is empty")
         if kind is None and size > LARGE:
             kind = "byte"
         chars: set[str] = set()
@@ -55,7 +55,7 @@ def load(name: str, kind: str | None) -> Dataset:
         tokenizer = make_tokenizer(kind, chars)
         ids = [encode(part, tokenizer, size) for part in parts]
     except OSError as error:
-        raise DataError(f"cannot get tokens of {path}: {error.strerror}") from None
+        raise UserError(f"cannot get tokens of {path}: {error.strerror}") from None
     if len(ids) == 1:
         return split(name, ids[0], tokenizer)
     return Dataset(name, ids[0], ids[1], tokenizer)
@@ -92,7 +92,7 @@ def encode(files: list[Path], tokenizer: Tokenizer, size: int) -> np.ndarray:
 def iter_text(path: Path, bar: tqdm | None = None) -> Iterator[str]:
     """Yield a file's text in pieces of about a megabyte, cut where GPT-2's tokens allow.
 
-    A byte-order mark at the start is not part of the text. Raises DataError.
+    A byte-order mark at the start is not part of the text. Raises UserError.
     """
     decoder, text = codecs.getincrementaldecoder("utf-8-sig")(), ""
     try:
@@ -108,7 +108,7 @@ def iter_text(path: Path, bar: tqdm | None = None) -> Iterator[str]:
                     bar.update(len(chunk))
         yield text + decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise DataError(
+        raise UserError(
             f"{path} is not UTF-8 text ({error.reason}: byte {error.object[error.start]:#04x}); "
             f"convert it first, for instance with iconv"
         ) from None
@@ -118,17 +118,17 @@ def load_bins(name: str, kind: str | None) -> Dataset:
     """Return nanoGPT's train.bin and val.bin: GPT-2 ids as 16-bit numbers, without a header."""
     folder = Path(name)
     if (folder / "meta.pkl").exists():
-        raise DataError(
+        raise UserError(
             f"{folder} defines its tokens in meta.pkl, which is not loaded because a pickle can "
             f"run any code; give the text itself: --dataset {folder}/input.txt"
         )
     if kind not in (None, "gpt2"):
-        raise DataError(f"{folder} has GPT-2's tokens, so --tokenizer cannot be {kind}")
+        raise UserError(f"{folder} has GPT-2's tokens, so --tokenizer cannot be {kind}")
     tokenizer, splits = GPT2Tokenizer(), []
     for path in (folder / "train.bin", folder / "val.bin"):
         head = np.fromfile(path, "u2", 1_000_000)
         is_32_bit = not head[1::2].any()  # the upper halves of the numbers are 0
         if is_32_bit or path.stat().st_size % 2 or head.max() > tokenizer.end:
-            raise DataError(f"{path} does not hold GPT-2's tokens as 16-bit numbers")
+            raise UserError(f"{path} does not hold GPT-2's tokens as 16-bit numbers")
         splits.append(shards.read(path, "u2"))
     return Dataset(name, splits[0], splits[1], tokenizer)

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from data import download
-from data.errors import DataError
+from errors import UserError
 
 
 class Tokenizer(Protocol):
@@ -34,18 +34,18 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, chars: str):
         if len(chars) > 1 << 16:
-            raise DataError(f"{len(chars):,} characters do not fit 16 bits: use --tokenizer byte")
+            raise UserError(f"{len(chars):,} characters do not fit 16 bits: use --tokenizer byte")
         self.chars, self.vocab_size = chars, len(chars)
         self.codes = np.array([ord(c) for c in chars], dtype=np.uint32)
         self.start = [max(0, chars.find("\n"))]
 
     def encode(self, text: str) -> np.ndarray:
-        """Return one id per character. Raises DataError that names an unknown character."""
+        """Return one id per character. Raises UserError that names an unknown character."""
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         ids = np.searchsorted(self.codes, codes).clip(max=self.vocab_size - 1)
         unknown = np.flatnonzero(self.codes[ids] != codes)
         if len(unknown):
-            raise DataError(
+            raise UserError(
                 f"the character {text[unknown[0]]!r} is not among the {self.vocab_size} "
                 f"characters that this model was trained on"
             )
@@ -79,7 +79,7 @@ class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding: 50,257 ids, of which the last follows each document.
 
     vocab_size is the next multiple of 64, which a GPU multiplies faster; ids above 50,256 never
-    occur. Raises DataError if tiktoken is missing, or the vocabulary cannot be downloaded.
+    occur. Raises UserError if tiktoken is missing, or the vocabulary cannot be downloaded.
     """
 
     vocab_size = 50_304
@@ -90,7 +90,7 @@ class GPT2Tokenizer(Tokenizer):
         try:
             import tiktoken
         except ImportError:
-            raise DataError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
+            raise UserError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
         os.environ["TIKTOKEN_CACHE_DIR"] = str(find_vocabulary())
         self.encoding = tiktoken.get_encoding("gpt2")
 
@@ -124,7 +124,7 @@ VOCABULARY = {
 def find_vocabulary() -> Path:
     """Return a folder with GPT-2's vocabulary: tiktoken's cache, else ours, where it is downloaded.
 
-    Raises DataError if it cannot be downloaded.
+    Raises UserError if it cannot be downloaded.
     """
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     theirs = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
@@ -147,13 +147,13 @@ def make_tokenizer(kind: str | None, chars: set[str]) -> Tokenizer:
 
 
 def from_state(state: dict) -> Tokenizer:
-    """Return the tokenizer with this state(). Raises DataError for an unknown kind."""
+    """Return the tokenizer with this state(). Raises UserError for an unknown kind."""
     if state["kind"] == "char":
         return CharTokenizer(state["chars"])
     if state["kind"] == "byte":
         return ByteTokenizer()
     if state["kind"] == "gpt2":
         return GPT2Tokenizer()
-    raise DataError(
+    raise UserError(
         f"unknown tokenizer {state['kind']!r}: was the checkpoint written by a newer version?"
     )

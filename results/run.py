@@ -37,8 +37,8 @@ sys.path.insert(0, str(ROOT))
 
 from checkpoint import load_checkpoint  # noqa: E402
 from config import UsageError, describe_machine, find_device, flag, parse_flags, run_cli  # noqa: E402
-from data.errors import UserError  # noqa: E402
 from denseformer import DWA, DenseFormer, DenseFormerConfig  # noqa: E402
+from errors import UserError  # noqa: E402
 from figures import new_figure  # noqa: E402
 
 

@@ -22,6 +22,7 @@ import data
 from data import dataset, download, openwebtext, shakespeare, shards, textfile
 from data import tokenizer as tokenizers
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_state, make_tokenizer
+from errors import UserError
 from tests.helpers import SHARED
 
 MIXED = "Häßlich?\r\n\tJa — 𝄞!\x00"
@@ -39,7 +40,7 @@ def clean_environment(monkeypatch, tmp_path):
 
 
 def refused(reason):
-    return pytest.raises(data.DataError, match=reason)
+    return pytest.raises(UserError, match=reason)
 
 
 def ids_of(dataset):

@@ -29,9 +29,10 @@ import bench
 import config
 import sample
 import train
-from checkpoint import FORMAT, CheckpointError, load_checkpoint
+from checkpoint import FORMAT, load_checkpoint
 from data.tokenizer import ByteTokenizer
 from denseformer import DenseFormer
+from errors import UserError
 from tests.helpers import FAULTS, HERE, SMALL, flags, losses, same_weights, script, torchrun
 
 SETTINGS = {
@@ -255,7 +256,7 @@ def test_a_damaged_checkpoint_is_refused(run, flips):
         damaged.append(whole[:place] + flipped + whole[place + 1 :])
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match="damaged"):
+        with pytest.raises(UserError, match="damaged"):
             load_checkpoint(path)
         FAULTS["checkpoint cut short, or with a changed byte"] += 1
 

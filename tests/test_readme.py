@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import sys
 import types
 
@@ -117,3 +118,10 @@ def test_the_model_needs_only_torch():
     source = (HERE / "denseformer.py").read_text()
     names = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.M))
     assert names - sys.stdlib_module_names == {"torch", "triton"}
+
+
+def test_the_bench_needs_nothing_for_data(tmp_path):
+    program = f"import sys; sys.path.insert(0, {str(HERE)!r}); import bench; print(*sys.modules)"
+    command = [sys.executable, "-c", program]
+    imported = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert not {"requests", "filelock", "data"} & set(imported.stdout.split())

@@ -21,9 +21,9 @@ import sample
 import train
 from checkpoint import load_checkpoint
 from config import parse_flags
-from data.errors import UserError
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from denseformer import DWA, DenseFormer, DenseFormerConfig, rotary_angles
+from errors import UserError
 from figures import text_heat_map
 from tests.helpers import HERE, SHARED, SMALL, flags, log, losses, same_weights, torchrun, weights
 from train import StopSignals, show_run
