@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 from checkpoint import checkpoint_errors, load_model, save_checkpoint
 from config import UsageError, find_device, flag, parse_flags, run_cli
-from data.dataset import eval_offsets, stack_windows
+from data.dataset import eval_offsets, stack_windows, sum_losses
 from denseformer import DWA, dwa_pattern
 from errors import UserError
 from figures import new_figure, text_heat_map
@@ -69,14 +69,10 @@ class Run:
         for n in range(0, len(self.offsets), B):
             yield stack_windows(self.val, self.offsets[n : n + B], (B, self.T), V, self.device)
 
-    @torch.no_grad()
     def perplexity(self):
         """Return the perplexity on the validation tokens."""
-        total = count = 0
-        for x, y in self.batches():
-            n = (y >= 0).sum().item()
-            total, count = total + self.model(x, y)[1].item() * n, count + n
-        return math.exp(total / count)
+        loss_sum, count = sum_losses(self.model, self.batches())
+        return math.exp(loss_sum / count)
 
     @torch.no_grad()
     def cosines(self):

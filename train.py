@@ -9,7 +9,6 @@ python train.py --init_from out/best.pt --dwa 2x1 --out_dir out-more    from tra
 torchrun --standalone --nproc_per_node 8 train.py --preset paper-48     several GPUs
 """
 
-import contextlib
 import math
 import os
 import shlex
@@ -25,6 +24,10 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+
+# DDP imports this too, but later. Its functions then have the process group as default arguments
+# and keep its threads alive until the interpreter exits, which can abort the process.
+import torch.distributed.nn
 from filelock import FileLock, Timeout
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,7 +36,8 @@ from tqdm import tqdm
 import data
 from checkpoint import Log, checkpoint_errors, load_checkpoint, load_weights, save_checkpoint
 from config import UsageError, find_device, find_dtype, flag, parse_flags, peak_flops, run_cli
-from data.dataset import eval_offsets, stack_windows
+from data.dataset import eval_offsets, stack_windows, sum_losses
+from data.progress import say
 from denseformer import DenseFormer, DenseFormerConfig
 from errors import UserError
 from figures import plot_losses, text_heat_map
@@ -258,13 +262,6 @@ def resume_flags(out_dir):
 # Parts of the run
 
 
-def say(text):
-    """Print above the progress bar; ignore a closed stdout, as after `| head`."""
-    with contextlib.suppress(OSError):
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
 def all_reduce(number, op=distributed.ReduceOp.SUM):
     """Return the sum, or another reduction, of a number over all processes."""
     if WORLD_SIZE == 1:
@@ -338,7 +335,6 @@ def get_batch(dataset, config, step, micro_batch, device):
     return stack_windows(dataset.train, offsets, (B, T), dataset.tokenizer.vocab_size, device)
 
 
-@torch.no_grad()
 def evaluate(model, tokens, config, device, autocast, signals):
     """Return the mean loss over a split, or None if a signal interrupts it.
 
@@ -348,18 +344,19 @@ def evaluate(model, tokens, config, device, autocast, signals):
     B, T = config.batch_size, config.block_size
     limit = config.eval_iters * B * config.gradient_accumulation_steps
     offsets = eval_offsets(tokens, T, limit)
-    loss_sum = count = 0.0
+
+    def batches():
+        for i in range(0, len(offsets), B * WORLD_SIZE):
+            if signals.any():
+                return
+            mine = offsets[i + RANK * B : i + (RANK + 1) * B]
+            yield stack_windows(tokens, mine, (B, T), model.config.vocab_size, device)
+
     model.eval()
-    for i in range(0, len(offsets), B * WORLD_SIZE):
-        mine = offsets[i + RANK * B : i + (RANK + 1) * B]
-        if len(mine):
-            x, y = stack_windows(tokens, mine, (B, T), model.config.vocab_size, device)
-            with autocast:
-                _, loss = model(x, y)
-            n = (y >= 0).sum().item()
-            loss_sum, count = loss_sum + loss.item() * n, count + n
-        if signals.any():
-            return None
+    with autocast:
+        loss_sum, count = sum_losses(model, batches())
+    if signals.any():
+        return None
     model.train()
     return all_reduce(loss_sum) / all_reduce(count)
 
@@ -444,6 +441,9 @@ def main(argv=None):
         if RANK == 0:
             lock.acquire(timeout=0)
         status = train(config, checkpoint, device, signals)
+        if WORLD_SIZE > 1:
+            distributed.barrier()  # wait until rank 0 has saved
+        return status
     except Timeout:
         raise UserError(
             f"another run is training in {out_dir}: wait for it, or use another --out_dir"
@@ -451,10 +451,8 @@ def main(argv=None):
     finally:
         signals.restore()
         lock.release()
-    if WORLD_SIZE > 1:
-        distributed.barrier()  # wait until rank 0 has saved
-        distributed.destroy_process_group()
-    return status
+        if WORLD_SIZE > 1:
+            distributed.destroy_process_group()
 
 
 def train(config, checkpoint, device, signals):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from data import openwebtext, pydoc_topics, shakespeare, textfile
 from data.dataset import Dataset
+from data.progress import say
 from errors import UserError
 
 __all__ = ["DATASETS", "Dataset", "load"]
@@ -61,9 +62,8 @@ def load_default(tokenizer: str | None) -> Dataset:
     try:
         return shakespeare.load(tokenizer, deadline=PATIENCE)
     except UserError as error:
-        print(
+        say(
             f"CANNOT DOWNLOAD TINY SHAKESPEARE ({error}): TRAINING ON PYTHON'S LANGUAGE REFERENCE "
-            f"INSTEAD. To require it, use --dataset shakespeare; or use --dataset YOUR.txt",
-            flush=True,
+            f"INSTEAD. To require it, use --dataset shakespeare; or use --dataset YOUR.txt"
         )
         return pydoc_topics.load(tokenizer)

@@ -1,6 +1,7 @@
 """The Dataset class, data sets made from a text, and batches of token windows."""
 
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,3 +86,14 @@ def eval_offsets(tokens, block_size: int, limit: int) -> np.ndarray:
     if len(offsets) > limit:
         offsets = offsets[np.linspace(0, len(offsets) - 1, limit).astype(int)]
     return offsets
+
+
+@torch.no_grad()
+def sum_losses(model: Callable, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+    """Return the sum of the losses of all tokens in batches of x and y, and their number."""
+    loss_sum, count = 0.0, 0
+    for x, y in batches:
+        if n := int((y >= 0).sum()):  # else the batch has no windows, and its mean is not a number
+            loss_sum += model(x, y)[1].item() * n
+            count += n
+    return loss_sum, count

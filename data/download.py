@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -125,7 +126,8 @@ def attempts(url: str, part: Path, sha256: str | None, tries: int, stop: threadi
             raise failure
         pause = (failure.pause or BACKOFF) * 2 ** (failures - 1)
         if pause > 5:
-            say(f"{Path(url).name}: {failure}; next attempt in {pause:.0f} seconds")
+            words = f"{Path(url).name}: {failure}; next attempt in {pause:.0f} seconds"
+            say(words, sys.stderr)
         stop.wait(pause)
 
 

@@ -38,6 +38,23 @@ def script(*args, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
+def write_program(file, settings, *lines):
+    """Write a program that runs these lines, then train.py with these settings, and at its exit
+    prints the names of its threads."""
+    file.write_text("\n".join([
+        "import atexit, pathlib, signal, sys",
+        f"sys.path.insert(0, {str(HERE)!r})",
+        "import config, train",
+        "files = pathlib.Path('/proc/self/task').glob('*/comm')",
+        "show = lambda: print('threads:', *(f.read_text() for f in files), file=sys.stderr)",
+        "atexit.register(show)",
+        f"settings = {settings!r}",
+        *lines,
+        "config.run_cli(lambda: train.main(settings))",
+    ]))  # fmt: skip
+    return file
+
+
 def torchrun(n, *args, program=HERE / "train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={n}", str(program), *args]

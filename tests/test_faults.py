@@ -33,7 +33,17 @@ from checkpoint import FORMAT, load_checkpoint
 from data.tokenizer import ByteTokenizer
 from denseformer import DenseFormer
 from errors import UserError
-from tests.helpers import FAULTS, HERE, SMALL, flags, losses, same_weights, script, torchrun
+from tests.helpers import (
+    FAULTS,
+    HERE,
+    SMALL,
+    flags,
+    losses,
+    same_weights,
+    script,
+    torchrun,
+    write_program,
+)
 
 SETTINGS = {
     train: train.TrainConfig, sample: sample.SampleConfig, analyze: analyze.AnalyzeConfig,
@@ -339,16 +349,16 @@ def test_tokens_outside_the_vocabulary_are_found(text, tmp_path, fails, monkeypa
 def test_processes_with_different_data_are_refused(tmp_path):
     for rank in range(2):
         (tmp_path / f"{rank}.txt").write_text(f"text of process {rank} " * 100)
-    program = tmp_path / "program.py"
     settings = flags(**SMALL, gradient_accumulation_steps=2, out_dir=tmp_path / "out")
-    program.write_text(
-        f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import config, train\n"
-        f"text = {str(tmp_path)!r} + f'/{{train.RANK}}.txt'\n"
-        f"config.run_cli(lambda: train.main([*{settings!r}, '--dataset', text]))\n"
-    )
+    program = write_program(
+        tmp_path / "program.py", settings,
+        f"settings += ['--dataset', {str(tmp_path)!r} + f'/{{train.RANK}}.txt']",
+    )  # fmt: skip
     run = torchrun(2, program=program)
     assert run.returncode == 1
     assert "differs between processes" in run.stderr
+    assert "threads: python" in run.stderr
+    assert "gloo" not in run.stderr
     assert not (tmp_path / "out" / "last.pt").exists()
     FAULTS["processes with different data"] += 1
 
