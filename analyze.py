@@ -35,9 +35,9 @@ BATCH_SIZE = 8
 
 @dataclass
 class AnalyzeConfig:
-    out_dir: str = flag("out", "folder of the run")
+    out_dir: str = flag("out", "folder of the run", path=True)
     checkpoint: str = flag("best", "which checkpoint of the run", choices=("best", "last"))
-    plain: str | None = flag(None, "folder of a plain Transformer's run to compare with")
+    plain: str | None = flag(None, "folder of a plain Transformer's run to compare with", path=True)
     prune: float = flag(0.0, "drop this fraction of the alphas, smallest first: pruned.pt", 0, 1)
     tokens: int = flag(50_000, "maximum number of validation tokens to use", low=1)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")

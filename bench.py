@@ -52,7 +52,7 @@ class BenchConfig:
     rounds: int = flag(5, "measurements of each variant", low=1)
     dwa_only: bool = flag(False, "measure DWA alone, without the model")
     decode: bool = flag(True, "also measure token-by-token generation")
-    json: str | None = flag(None, "file to write the numbers to")
+    json: str | None = flag(None, "file to write the numbers to", path=True)
 
 
 # Defaults on a GPU: the paper's model.

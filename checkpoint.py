@@ -69,11 +69,14 @@ def checkpoint_errors(path: Path) -> Iterator[None]:
 
 
 def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer, dict[str, Any]]:
-    """Return the model in a checkpoint, in evaluation mode, its tokenizer, and the checkpoint.
+    """Return the model in a checkpoint, in evaluation mode, its tokenizer, and the checkpoint
+    without what only --resume needs.
 
     Raises UserError as load_checkpoint does.
     """
     checkpoint = load_checkpoint(path)
+    for name in ("optimizers", "scaler"):
+        checkpoint.pop(name, None)
     with checkpoint_errors(path):
         model = DenseFormer(DenseFormerConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])

@@ -38,9 +38,12 @@ class UsageError(UserError):
 # Flags
 
 
-def flag(default, help: str, low=None, below=None, choices=None):
-    """Return a dataclass field that becomes a flag, with low <= value < below."""
-    metadata = {"help": help, "low": low, "below": below, "choices": choices}
+def flag(default, help: str, low=None, below=None, choices=None, path=False):
+    """Return a dataclass field that becomes a flag, with low <= value < below.
+
+    In a path, ~ becomes the home folder, since no shell does that in --flag=~/folder.
+    """
+    metadata = {"help": help, "low": low, "below": below, "choices": choices, "path": path}
     return field(default=default, metadata=metadata)
 
 
@@ -72,7 +75,8 @@ def parse_flags(
         if title := getattr(settings, "GROUPS", {}).get(f.name):
             group = parser.add_argument_group(title)
         kind, choices = (get_args(f.type) or (f.type,))[0], f.metadata["choices"]
-        options = {"type": TYPES[kind], "metavar": "|".join(choices or [kind.__name__.upper()])}
+        convert = os.path.expanduser if f.metadata["path"] else TYPES[kind]
+        options = {"type": convert, "metavar": "|".join(choices or [kind.__name__.upper()])}
         if kind is bool:  # --compile, --compile=False and --compile false
             options |= {"nargs": "?", "const": True, "metavar": "BOOL"}
         unset = f.default is None or f.default is False or f.default == ""
@@ -202,36 +206,39 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
     Errors that users can fix are reported in one sentence, without a traceback.
     """
-    rank = int(os.environ.get("RANK", 0))  # under torchrun, only rank 0 prints
-    devnull = open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout = devnull if rank > 0 else sys.stdout or devnull  # None if closed, as by >&-
-    sys.stderr = sys.stderr or devnull
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # its encoding may not cover the text
-            stream.reconfigure(errors="replace")
-    os.environ["MPLBACKEND"] = "agg"  # `!python` in a notebook inherits one that works only there
-    status, message = 1, ""
-    try:
-        status = main() or 0
-    except UserError as error:
-        status, message = (2 if isinstance(error, UsageError) else 1), str(error)
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # stdout was closed, as by `| head`
-        pass
-    except OSError as error:
-        message = f"{error.filename or 'cannot read or write a file'}: {error.strerror or error}"
-    except (MemoryError, RuntimeError) as error:
-        message = explain(error)
-        if not message:
-            raise
-    with contextlib.suppress(OSError):
-        if message and (rank == 0 or status == 1):  # a wrong flag is reported by rank 0 only
-            print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # otherwise the interpreter flushes again at exit and prints the error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    rank = int(os.environ.get("RANK", 0))
+    with open(os.devnull, "w") as nowhere:
+        # under torchrun, only rank 0 prints; a stream that was closed, as by >&-, is None
+        sys.stdout = nowhere if rank > 0 else sys.stdout or nowhere
+        sys.stderr = sys.stderr or nowhere
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # its encoding may not cover the text
+                stream.reconfigure(errors="replace")
+        # `!python` in a notebook inherits a backend that works only there
+        os.environ["MPLBACKEND"] = "agg"
+        status, message = 1, ""
+        try:
+            status = main() or 0
+        except UserError as error:
+            status, message = (2 if isinstance(error, UsageError) else 1), str(error)
+        except KeyboardInterrupt:
+            status = 130
+        except BrokenPipeError:  # stdout was closed, as by `| head`
+            pass
+        except OSError as error:
+            what = error.filename or "cannot read or write a file"
+            message = f"{what}: {error.strerror or error}"
+        except (MemoryError, RuntimeError) as error:
+            message = explain(error)
+            if not message:
+                raise
+        with contextlib.suppress(OSError):
+            if message and (rank == 0 or status == 1):  # a wrong flag is reported by rank 0 only
+                print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # otherwise the interpreter flushes again at exit and prints the error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 

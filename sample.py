@@ -6,6 +6,7 @@ python sample.py --start FILE:prompt.txt --top_k 40 --max_new_tokens 1000
 """
 
 import codecs
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from errors import UserError
 
 @dataclass
 class SampleConfig:
-    out_dir: str = flag("out", "folder of the run")
+    out_dir: str = flag("out", "folder of the run", path=True)
     checkpoint: str = flag("best", "which checkpoint of the run", choices=("best", "last"))
     start: str | None = flag(None, "prompt, or FILE:path of a text file (default: none)")
     num_samples: int = flag(1, "number of samples", low=1)
@@ -36,7 +37,7 @@ def read_prompt(start, tokenizer):
         return "", torch.tensor([tokenizer.start])
     text = start
     if start.startswith("FILE:"):
-        path = Path(start.removeprefix("FILE:"))
+        path = Path(os.path.expanduser(start.removeprefix("FILE:")))
         try:
             text = path.read_bytes().decode("utf-8-sig")  # without a byte-order mark
         except UnicodeDecodeError:
@@ -45,7 +46,7 @@ def read_prompt(start, tokenizer):
             raise UserError(f"--start: cannot read {path}: {error.strerror}") from None
         if not text:
             raise UserError(f"--start: {path} is empty")
-        if "\r" not in getattr(tokenizer, "chars", ""):  # trained on text without \r
+        if "\r" not in getattr(tokenizer, "chars", "\r"):  # which the model cannot read
             text = text.replace("\r\n", "\n")
     return text, torch.tensor([tokenizer.encode(text).tolist()])
 

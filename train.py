@@ -69,13 +69,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 @dataclass
 class TrainConfig:
     # input and output
-    out_dir: str = flag("out", "folder for checkpoints, logs and the loss curve")
-    dataset: str | None = flag(None, DATASET_HELP)
+    out_dir: str = flag("out", "folder for checkpoints, logs and the loss curve", path=True)
+    dataset: str | None = flag(None, DATASET_HELP, path=True)
     tokenizer: str | None = flag(None, TOKENIZER_HELP, choices=("char", "byte", "gpt2"))
     shards: int = flag(1, "shards of openwebtext, up to 80, of 113 million tokens each", low=1)
     preset: str = flag("auto", "see below; auto picks cpu or gpu", choices=PRESET_NAMES)
     resume: bool = flag(False, "continue the run in out_dir")
-    init_from: str | None = flag(None, INIT_FROM_HELP)
+    init_from: str | None = flag(None, INIT_FROM_HELP, path=True)
     overwrite: bool = flag(False, "replace the run in out_dir")
     # model
     n_layer: int = flag(8, "number of blocks", low=1)
@@ -537,10 +537,8 @@ def train(config, checkpoint, device, signals):
             is_best = val_loss is not None and val_loss < best_val_loss
             best_val_loss = val_loss if is_best else best_val_loss
             if RANK == 0:
-                content = {
+                best = {
                     "model": model.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "scaler": scaler.state_dict(),
                     "model_config": asdict(model_config),
                     "train_config": asdict(config),
                     "tokenizer": tokenizer.state(),
@@ -548,10 +546,14 @@ def train(config, checkpoint, device, signals):
                     "step": step,
                     "best_val_loss": best_val_loss,
                 }
+                last = best | {  # what only --resume needs, twice the size of the model
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "scaler": scaler.state_dict(),
+                }
                 # So far --overwrite has changed nothing; from here on the old run is replaced.
                 if is_best or step == 0:
-                    save_checkpoint(out_dir / "best.pt", content)
-                save_checkpoint(out_dir / "last.pt", content)
+                    save_checkpoint(out_dir / "best.pt", best)
+                save_checkpoint(out_dir / "last.pt", last)
                 log = log or Log(out_dir / "log.jsonl", step)
             if val_loss is None:  # a signal has interrupted the evaluation
                 command = f"python train.py --resume{resume_flags(out_dir)}"

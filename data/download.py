@@ -35,7 +35,8 @@ class Failed(Exception):
 
 def cache_dir() -> Path:
     """Return the folder for downloads: DENSEFORMER_CACHE in the environment, or data/cache."""
-    return Path(os.environ.get("DENSEFORMER_CACHE") or Path(__file__).parent / "cache")
+    folder = os.environ.get("DENSEFORMER_CACHE") or Path(__file__).parent / "cache"
+    return Path(os.path.expanduser(folder))
 
 
 def fetch(url: str, path: Path, sha256: str | None = None, deadline: float | None = None) -> Path:
@@ -53,7 +54,7 @@ def fetch(url: str, path: Path, sha256: str | None = None, deadline: float | Non
             if "://" in url:
                 download(url, part, sha256, deadline)
             else:
-                shutil.copyfile(url, part)
+                shutil.copyfile(os.path.expanduser(url), part)
                 verify(part, sha256)
             os.replace(part, path)
             tag.unlink(missing_ok=True)

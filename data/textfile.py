@@ -18,6 +18,8 @@ from errors import UserError
 
 LARGE = 100_000_000  # bytes; the tokens of a longer text are kept in a file, not in memory
 CHUNK = 1 << 20  # bytes to read at a time
+# how files of gzip, zip, bzip2, xz and zstd begin
+COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 # The last place where white space begins. GPT-2 begins a new token there, so cutting a text there
 # does not change its tokens.
@@ -36,9 +38,11 @@ def load(name: str, kind: str | None) -> Dataset:
     try:
         if (path / "train.bin").exists() and (path / "val.bin").exists():
             return load_bins(name, kind)
-        parts = [[path / "train.txt"], [path / "val.txt"]]
-        if not all(part[0].exists() for part in parts):
-            parts = [sorted(path.glob("*.txt")) if path.is_dir() else [path]]
+        parts = [[path]]
+        if path.is_dir():
+            texts = sorted(file for file in path.iterdir() if file.suffix.lower() == ".txt")
+            splits = [[f for f in texts if f.stem.lower() == stem] for stem in ("train", "val")]
+            parts = splits if all(splits) else [texts]
         files = [file for part in parts for file in part]
         if not files:
             raise UserError(f"the folder {path} has neither .txt files nor train.bin and val.bin")
@@ -108,6 +112,9 @@ def iter_text(path: Path, bar: tqdm | None = None) -> Iterator[str]:
                     bar.update(len(chunk))
         yield text + decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
+        with path.open("rb") as file:
+            if file.read(6).startswith(COMPRESSED):
+                raise UserError(f"{path} is compressed; unpack it first") from None
         raise UserError(
             f"{path} is not UTF-8 text ({error.reason}: byte {error.object[error.start]:#04x}); "
             f"convert it first, for instance with iconv"

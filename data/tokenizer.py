@@ -91,6 +91,7 @@ class GPT2Tokenizer(Tokenizer):
             import tiktoken
         except ImportError:
             raise UserError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
+        # tiktoken takes its folder from the environment only
         os.environ["TIKTOKEN_CACHE_DIR"] = str(find_vocabulary())
         self.encoding = tiktoken.get_encoding("gpt2")
 
@@ -127,7 +128,7 @@ def find_vocabulary() -> Path:
     Raises UserError if it cannot be downloaded.
     """
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    theirs = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or default)
+    theirs = Path(os.path.expanduser(os.environ.get("TIKTOKEN_CACHE_DIR") or default))
     files = {hashlib.sha1(url.encode()).hexdigest(): url for url in VOCABULARY}
     if all(download.is_whole(theirs / name, VOCABULARY[url]) for name, url in files.items()):
         return theirs

@@ -45,12 +45,12 @@ from figures import new_figure  # noqa: E402
 @dataclass
 class RunConfig:
     name: str = flag("shakespeare", "name of the files in results/")
-    dataset: str = flag("shakespeare", "as in train.py")
+    dataset: str = flag("shakespeare", "as in train.py", path=True)
     variants: str = flag("all", "comma-separated names in VARIANTS, in this file")
     seeds: str = flag("1,2,3,4", "comma-separated random seeds")
     sweep: str = flag("8e-3,1.6e-2", "learning rates to try for each variant, on the first seed")
     jobs: int = flag(os.cpu_count() or 1, "runs in parallel; they share the cores", low=1)
-    out_dir: str = flag("out-results", "folder for the runs")
+    out_dir: str = flag("out-results", "folder for the runs", path=True)
     train: str = flag("", 'extra flags for train.py: "--name=value --name=value"')
 
 

@@ -21,7 +21,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_folder(tmp_path, monkeypatch):
+    """Run each test in a folder of its own: the checkout's may contain a user's runs and data."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DENSEFORMER_CACHE", str(tmp_path / "cache"))
 
 

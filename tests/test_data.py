@@ -1,6 +1,7 @@
 """The data: tokenizers, texts, downloads from servers with faults, token files, OpenWebText."""
 
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io
@@ -116,12 +117,12 @@ def test_own_text_is_characters_or_bytes(tmp_path, monkeypatch):
 
 def test_a_folder_of_texts(tmp_path):
     """Its files are joined without their byte-order marks; train.txt and val.txt are the splits."""
-    for name in ("1.txt", "2.txt"):
+    for name in ("1.txt", "2.TXT"):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + b"abc" * 20)
     assert data.load(str(tmp_path), 8).tokenizer.state() == {"kind": "char", "chars": "abc"}
     assert bytes(ids_of(data.load(str(tmp_path), 8, "byte"))) == b"abc" * 40
     (tmp_path / "train.txt").write_text("abc" * 100)
-    (tmp_path / "val.txt").write_text("cd" * 50)
+    (tmp_path / "Val.TXT").write_text("cd" * 50)
     splits = data.load(str(tmp_path), block_size=8)
     assert splits.tokenizer.decode(splits.train.tolist()) == "abc" * 100
     assert splits.tokenizer.decode(splits.val.tolist()) == "cd" * 50
@@ -131,7 +132,7 @@ def test_a_folder_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b"", "empty"), (b"abc" * 3, "too short"), (b"abc\xff" * 99, "0xff"),
-     (("é" * 99).encode()[:-1], "UTF-8")],
+     (("é" * 99).encode()[:-1], "UTF-8"), (gzip.compress(b"abc" * 99, mtime=0), "compressed; unpack")],
 )  # fmt: skip
 def test_a_file_that_is_no_text_is_refused(tmp_path, monkeypatch, large, content, reason):
     monkeypatch.setattr(textfile, "LARGE", large)
@@ -140,8 +141,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, monkeypatch, large, content
         data.load(str(tmp_path / "my.txt"), block_size=16)
 
 
-def test_names_and_paths(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_names_and_paths(tmp_path):
     for name, reason in (
         ("", "no data set"), ("shakspeare", "did you mean shakespeare"), (".", "folder"),
         ("./none.txt", "file or folder './none.txt'"),
@@ -367,6 +367,15 @@ def test_why_there_is_no_connection(server, monkeypatch, url, reason):
     assert "Error" not in str(error.value)
 
 
+def test_the_home_folder(tmp_path, monkeypatch):
+    """~ is the home folder in the paths that the environment gives, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DENSEFORMER_CACHE", "~/cache")
+    assert download.cache_dir() == tmp_path / "cache"
+    (tmp_path / "copy.bin").write_bytes(CONTENT)
+    assert download.fetch("~/copy.bin", tmp_path / "a.bin").read_bytes() == CONTENT
+
+
 def test_a_local_copy(tmp_path):
     copy, path = tmp_path / "copy.bin", download.cache_dir() / "a.bin"
     copy.write_bytes(CONTENT)
@@ -490,7 +499,8 @@ def test_the_vocabulary_is_downloaded_once_or_found(server, monkeypatch, tmp_pat
         assert (folder / hashlib.sha1(url.encode()).hexdigest()).read_bytes() == content
     theirs = folder.rename(tmp_path / "theirs")
     server.script = [404]
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(theirs))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "~/theirs")
     assert tokenizers.find_vocabulary() == theirs
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR")  # tiktoken's default is a folder in the temporary one
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -125,9 +125,10 @@ def test_training_survives_an_output_that_is_gone(text, tmp_path, terminal):
     out, (keyboard, screen) = tmp_path / "out", os.openpty()
     fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     endless = SMALL | {"max_iters": 10**6, "eval_interval": 10**6, "log_interval": 1}
-    command = [sys.executable, "train.py", *flags(**endless, dataset=text, out_dir=out)]
+    command = [sys.executable, str(HERE / "train.py")]
+    command += flags(**endless, dataset=text, out_dir=out)
     run = subprocess.Popen(
-        command, cwd=HERE, stdout=subprocess.PIPE, start_new_session=True,
+        command, stdout=subprocess.PIPE, start_new_session=True,
         stderr=screen if terminal else subprocess.PIPE,
     )  # fmt: skip
     os.close(screen)
@@ -171,6 +172,7 @@ def test_an_output_that_cannot_encode_the_text(tmp_path, encoding):
     short = SMALL | {"max_iters": 1, "dataset": text, "out_dir": out}
     environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
     environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as in Colab
+    environment |= {"PYTHONWARNINGS": "error::ResourceWarning"}  # of files left open
     run = script("train.py", *flags(**short), env=environment, encoding=encoding)
     assert (run.returncode, run.stderr) == (0, "")
     assert "loss curve:" in run.stdout
@@ -439,8 +441,7 @@ CONTRADICTIONS = [
 ]  # fmt: skip
 
 
-def test_wrong_command_lines(fails, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_wrong_command_lines(fails, tmp_path):
     cases = [(script, *case) for script in SETTINGS for case in wrong_flags(script)]
     cases += [(script, words.split(), says) for script, words, says in CONTRADICTIONS]
     for script_, args, says in cases:

@@ -48,9 +48,8 @@ def shorten(script, args):
     return [*args, *short, "--dataset=my.txt"]
 
 
-def test_the_commands_run(tmp_path, monkeypatch, capsys):
+def test_the_commands_run(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text("ROMEO: to be, or not to be\n" * 100)
     (tmp_path / "prompt.txt").write_text("to be")
     packages = (HERE / "requirements-dev.txt").read_text().split()

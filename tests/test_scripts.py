@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -110,10 +112,12 @@ def test_two_micro_batches_or_two_processes_are_one(text, tmp_path):
     assert [step for step, _, val in losses(ranks) if val] == [0, 10, 20, 30, 40]
 
 
-def test_torchrun_messages():
+def test_torchrun_messages(monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "always::ResourceWarning")  # of files left open
     run = torchrun(2, "--help")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("usage:") == 1
+    assert "/dev/null" not in run.stderr
     run = torchrun(2, "--gradient_accumulation_steps=3")
     assert run.returncode == 1
     assert run.stderr.count("3 must be divisible by the 2 processes") == 1
@@ -129,6 +133,8 @@ def test_train_then_sample(trained, tmp_path, capsys):
     assert [s for s, _, val in losses(out) if val] == list(range(0, 41, 10))
     assert losses(out)[-1][2] < losses(out)[0][2] - 0.2  # it learned
     assert [e["step"] for e in log(out) if "alpha" in e] == [2, 5, 10, 20, 40]
+    best, last = (load_checkpoint(out / name).keys() for name in ("best.pt", "last.pt"))
+    assert last - best == {"optimizers", "scaler"}
     pytest.importorskip("matplotlib")
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -148,8 +154,9 @@ def test_train_then_sample(trained, tmp_path, capsys):
     both = write(f"--start=FILE:{prompt}", "--num_samples", "2")
     assert both.split("--- sample ")[1] == f"1 ---\n{once}\n"
     assert both.split("--- sample ")[2] != f"2 ---\n{once}"
-    prompt.write_bytes(b"a\r\nb")  # for a model of a text with \r, which this one is not
-    assert sample.read_prompt(f"FILE:{prompt}", CharTokenizer("\n\rab"))[0] == "a\r\nb"
+    prompt.write_bytes(b"a\r\nb")  # as it is, for models that can read \r, unlike this one
+    for tokenizer in (CharTokenizer("\n\rab"), ByteTokenizer()):
+        assert sample.read_prompt(f"FILE:{prompt}", tokenizer)[0] == "a\r\nb"
     prompt.write_bytes(b"not\r\n")
     assert write(f"--start=FILE:{prompt}").startswith("not\n")
 
@@ -451,7 +458,8 @@ def test_analyze(trained, run, tmp_path, capsys, monkeypatch, fails):
         fails(analyze, *flags(out_dir=run, device="cpu"), wrong, says=[wrong[:7]], status=2)
     # Without matplotlib, the tables are still printed.
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    analyze.main(flags(out_dir=run, device="cpu"))
+    analyze.main(flags(out_dir=run, checkpoint="last", prune=0.5, device="cpu"))
+    assert load_checkpoint(run / "pruned.pt").keys() == load_checkpoint(run / "best.pt").keys()
     shown = capsys.readouterr().out
     assert "pip install matplotlib" in shown
     assert "perplexity" in shown
@@ -459,6 +467,26 @@ def test_analyze(trained, run, tmp_path, capsys, monkeypatch, fails):
 
 # -----------------------------------------------------------------------------
 # The other scripts
+
+
+def test_the_home_folder_in_flags(trained, tmp_path, monkeypatch, capsys):
+    home = str(tmp_path / "home")
+    monkeypatch.setenv("HOME", home)
+    shutil.copytree(trained, home)
+    (tmp_path / "home" / "prompt.txt").write_text("to be")
+    new = SMALL | {"max_iters": 1, "dataset": "~/my.txt", "out_dir": "~/new"}
+    assert train.main(flags(**new)) == 0
+    more = {"init_from": "~/new/last.pt", "out_dir": "~/more", "max_iters": 1, "device": "cpu"}
+    assert train.main(flags(**more)) == 0
+    capsys.readouterr()
+    sample.main(["--out_dir=~/more", "--max_new_tokens=1", "--start=FILE:~/prompt.txt"])
+    assert capsys.readouterr().out.startswith("to be")
+    for settings, args in (
+        (analyze.AnalyzeConfig, ["--out_dir=~/dense", "--plain=~/plain"]),
+        (bench.BenchConfig, ["--json=~/bench.json"]),
+    ):
+        assert all(path.startswith(home) for path in parse_flags(settings, args, "").values())
+    assert os.listdir(tmp_path) == ["home"]  # no folder named ~
 
 
 def test_only_the_names_of_flags_are_normalized():
