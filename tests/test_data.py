@@ -132,7 +132,8 @@ def test_a_folder_of_texts(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b"", "empty"), (b"abc" * 3, "too short"), (b"abc\xff" * 99, "0xff"),
-     (("é" * 99).encode()[:-1], "UTF-8"), (gzip.compress(b"abc" * 99, mtime=0), "compressed; unpack")],
+     (("é" * 99).encode()[:-1], "UTF-8"),
+     (gzip.compress(b"abc" * 99, mtime=0), "compressed; unpack")],
 )  # fmt: skip
 def test_a_file_that_is_no_text_is_refused(tmp_path, monkeypatch, large, content, reason):
     monkeypatch.setattr(textfile, "LARGE", large)

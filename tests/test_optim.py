@@ -28,6 +28,7 @@ def test_muon_is_its_formula(shape):
     torch.manual_seed(0)
     p, other = (torch.nn.Parameter(torch.randn(shape).double()) for _ in range(2))
     muon, w, m = Muon([p, other], 0.02, weight_decay=0.3), p.detach().clone(), torch.zeros(shape)
+    before = other.detach().clone()
     for _ in range(3):
         g = torch.randn(shape).double()
         p.grad = g.clone()  # the other has no gradient, so it is skipped
@@ -37,6 +38,7 @@ def test_muon_is_its_formula(shape):
         w = w - 0.02 * (0.3 * w + update)
         torch.testing.assert_close(p.detach(), w)
     assert len(muon.state) == 1
+    assert other.equal(before)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
