@@ -26,7 +26,7 @@ import data
 from checkpoint import checkpoint_errors, load_model, save_checkpoint
 from config import UsageError, find_device, flag, parse_flags, run_cli
 from data.dataset import eval_offsets, stack_windows, sum_losses
-from denseformer import DWA, dwa_pattern
+from denseformer import DWA
 from errors import UserError
 from figures import new_figure, text_heat_map
 
@@ -119,6 +119,18 @@ class Run:
         return {step: a for step, a in found.items() if step <= self.checkpoint["step"]}
 
 
+def sparsity(dwa):
+    """Return the fraction of pairs (i, j), j < i, not in the mask: 0 for 1x1, 1 for none."""
+    earlier = sum(j < i for i, row in enumerate(dwa.rows, start=1) for j in row)
+    return 1 - earlier / (dwa.n_layer * (dwa.n_layer + 1) // 2)
+
+
+def dwa_pattern(mask):
+    """Return the pattern string of a mask, (L, L + 1), row by row, as in 5:1,5+10:2,6,10."""
+    rows = [",".join(str(j) for j, read in enumerate(row) if read) for row in mask.tolist()]
+    return "+".join(f"{i}:{row}" for i, row in enumerate(rows, start=1) if row) or "none"
+
+
 @torch.no_grad()
 def prune(dwa, fraction):
     """Return the DWA without this fraction of its alphas, the smallest; an empty row has no DWA."""
@@ -144,7 +156,7 @@ def save_pruned(run, fraction, out_dir):
     save_checkpoint(path, run.checkpoint | {"model": model, "model_config": config})
     print(
         f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas, a sparsity of "
-        f"{dwa.sparsity():.1%}: validation perplexity {run.perplexity():.3f}\n"
+        f"{sparsity(dwa):.1%}: validation perplexity {run.perplexity():.3f}\n"
         f"to continue training: python train.py --init_from {shlex.quote(str(path))} "
         f"--out_dir {shlex.quote(f'{out_dir}-pruned')}\n"
         f"to train this pattern from scratch: --n_layer {dwa.n_layer} --dwa {dwa.pattern}"

@@ -94,10 +94,10 @@ def load_weights(checkpoint: dict[str, Any], path: Path, model: DenseFormer, tok
         if checkpoint["tokenizer"] != tokenizer.state():
             raise UserError(f"{path} has a different tokenizer than the data")
         model.load_state_dict(checkpoint["model"])
-    mask, start = model.dwa.constants()
+    dwa = model.dwa
     with torch.no_grad():
-        alpha = model.dwa.alpha.masked_fill(~mask, 0)
-        model.dwa.alpha.copy_(torch.where(alpha.any(dim=1, keepdim=True), alpha, start))
+        alpha = dwa.alpha.masked_fill(~dwa.mask, 0)
+        dwa.alpha.copy_(torch.where(alpha.any(dim=1, keepdim=True), alpha, dwa.initial))
 
 
 class Log:

@@ -10,15 +10,17 @@ B_i the i-th Transformer block,
     logits = head(norm(Y_L))
 
 The alphas are learned scalars shared by all tokens and channels: L(L+3)/2 of them, 1,224 for 48
-blocks. They start as the identity, so an untrained DenseFormer is exactly the plain Transformer
-with the same weights.
+blocks. alpha[i, i] starts at 1 and the others at 0, so an untrained DenseFormer is exactly the
+plain Transformer with the same weights.
 
 Notable here:
 - DWA is a separate module; three lines add it to any residual network
 - all DWAs of a model are one matrix, alpha; a sparsity pattern is a mask on that matrix
 - the plain Transformer is the same model with dwa="none"
 - the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
-- the in-place DWA, at the end of this file, has a tenth of the naive one's memory traffic, or less
+- on a GPU, a decoding step is one CUDA graph
+- the in-place DWA, at the end of this file, computes all of it with two fifths of the formula's
+  memory traffic at 8 blocks, a sixth at 24, a tenth at 48
 
 Shapes: B sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
 """
@@ -69,11 +71,11 @@ class DenseFormerConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        DWA(self.n_layer, self.dwa, self.dwa_impl)  # raises as the model's would
+        dwa_rows(self.dwa, self.n_layer)  # raises ValueError for a wrong pattern
 
 
 # -----------------------------------------------------------------------------
-# Depth-weighted averages
+# Depth-weighted averages: which X_j each reads, the module, the formula, checks
 
 
 def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
@@ -86,9 +88,9 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
         lastK, as last4  the last K outputs and X_0
         connect-to-last  one DWA, after the last block
         i:j,j,j          a DWA after block i that reads these X_j
-        none             no DWA
 
-    and unions of these, joined by +, as in last2+12x1. Raises ValueError for other patterns.
+    unions of these, joined by +, as in last2+12x1, and none, the plain Transformer. Raises
+    ValueError for other patterns, and for one without a DWA in n_layer blocks.
     """
     causal = [(i, j) for i in range(1, n_layer + 1) for j in range(i + 1)]
     reads: set[tuple[int, int]] = set()  # all (i, j) for which DWA i reads X_j
@@ -105,18 +107,16 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
             if not row <= set(causal):
                 raise ValueError(f"dwa {part!r}: in i:j,j,j i is in 1..{n_layer}, every j in 0..i")
             reads |= row
-        elif part != "none":
+        elif pattern != "none":
             raise ValueError(
                 f"dwa must be none, dilation x period such as 1x1 or 4x5, last4, connect-to-last, "
-                f"single rows such as 24:0,12,24, or several of these joined by +; not {part!r}"
+                f"single rows such as 24:0,12,24, or several of these joined by +; not {pattern!r}"
             )
+    if not reads and pattern != "none":
+        raise ValueError(
+            f"dwa {pattern} has no DWA in {n_layer} blocks; none is the plain Transformer"
+        )
     return [[j for j in range(i + 1) if (i, j) in reads] for i in range(1, n_layer + 1)]
-
-
-def dwa_pattern(mask: Tensor) -> str:
-    """Return the pattern string of a mask, (L, L + 1), row by row, as in 5:1,5+10:2,6,10."""
-    rows = [",".join(str(j) for j, read in enumerate(row) if read) for row in mask.tolist()]
-    return "+".join(f"{i}:{row}" for i, row in enumerate(rows, start=1) if row) or "none"
 
 
 class DWA(nn.Module):
@@ -127,157 +127,141 @@ class DWA(nn.Module):
         x = depth.step(i, block(x))        for i = 1..n_layer: X_i -> Y_i
 
     `alpha` is the only parameter, (n_layer, n_layer + 1): row i-1 is the DWA after block i, column
-    j is X_j. Entries outside `mask` are ignored. Calling the module reads alpha and returns a pass,
-    an object that holds the X_j of one forward pass.
+    j is X_j. `mask` says which entries are trained; the others are never read. Calling the module
+    begins a pass, an object that holds the X_j of one forward pass.
 
-    impl "naive" computes the formula directly. impl "inplace" computes the same with a fraction of
-    the memory traffic, but supports only one backward pass, no double backward and no forward-mode
-    differentiation. It stores all X_j in the dtype of X_0, and they must be finite even where no
-    DWA reads them; Y_i is contiguous. It falls back to naive for sparse masks, where naive is
-    faster, for complex numbers, and under torch.compile, torch.export, torch.jit.trace and
-    torch.func. Raises ValueError for an unknown impl, or for a pattern that is unknown or has no
-    DWA in n_layer blocks.
+    impl "naive" computes the formula and leaves the gradients to autograd. impl "inplace" computes
+    the same with less memory traffic. It supports one backward pass, and neither double backward
+    nor forward-mode differentiation; torch.utils.checkpoint may wrap blocks, but saves no memory
+    around a whole pass. It stores all X_j in the dtype of X_0, and they must be finite even where
+    no DWA reads them. The formula is also used where in place is slower, for sparse masks, or
+    impossible: for complex numbers, tensors that are not plain and strided, and under
+    torch.compile, torch.export, torch.jit.trace and torch.func.
+
+    Raises ValueError for an unknown impl, and for patterns as dwa_rows does.
     """
 
     def __init__(self, n_layer: int, pattern: str = "1x1", impl: str = "inplace"):
         super().__init__()
-        if n_layer < 1:
-            raise ValueError(f"n_layer must be at least 1, not {n_layer}")
         if impl not in ("inplace", "naive"):
             raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {impl!r}")
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
-        self.read = set().union(*self.rows)  # the j of all X_j that some DWA reads
-        if not self.read and "none" not in pattern:
-            raise ValueError(
-                f"dwa {pattern} has no DWA in {n_layer} blocks; none is the plain Transformer"
-            )
-        # start is alpha at initialization, and the weights of rows without a DWA
-        mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
-        start = torch.zeros(n_layer, n_layer + 1, device="cpu")
+        self.used = set().union(*self.rows)  # the j of all X_j that some DWA reads
+        # What follows from the pattern is not a buffer: libraries that create a model without
+        # memory and then load a checkpoint leave buffers that it lacks uninitialized.
+        self.mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
+        self.initial = torch.zeros(n_layer, n_layer + 1, device="cpu")  # alpha before training
         for i, row in enumerate(self.rows, start=1):
-            mask[i - 1, row] = True
-            start[i - 1, row[-1] if row else i] = 1
-        self._constants = mask, start
+            self.mask[i - 1, row] = True
+            self.initial[i - 1, row[-1] if row else i] = 1
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         alpha = torch.empty(n_layer, n_layer + 1, dtype=dtype)
         # not trained if unused: DDP would wait for its gradient
-        self.alpha = nn.Parameter(alpha, requires_grad=bool(self.read))
+        self.alpha = nn.Parameter(alpha, requires_grad=bool(self.used))
         self.reset_parameters()
-
-    def extra_repr(self) -> str:
-        return f"{self.n_layer}, {self.pattern!r}, impl={self.impl!r}"
 
     @torch.no_grad()
     def reset_parameters(self):
         """Reset alpha so that Y_i is the newest X_j that DWA i reads: X_i, in most patterns."""
-        self.alpha.copy_(self.constants()[1])
-
-    def constants(self) -> tuple[Tensor, Tensor]:
-        """Return the mask and the initial values of alpha, on its device.
-
-        They are not buffers: they are derived from the pattern, so checkpoints do not hold them,
-        and a model built on the meta device still has their values. Outside of torch.compile, they
-        are copied to a GPU only once, since each copy waits for the GPU to finish its work.
-        """
-        mask, start = self._constants
-        if mask.device != self.alpha.device:
-            with torch.inference_mode(False):  # else training could not use them later
-                mask, start = mask.to(self.alpha.device), start.to(self.alpha.device)
-            if type(mask) is Tensor and not (mask.is_meta or is_traced()):
-                self._constants = mask, start
-        return mask, start
-
-    @property
-    def mask(self) -> Tensor:
-        """The trained entries of alpha: bool, (n_layer, n_layer + 1)."""
-        return self.constants()[0]
-
-    def weights(self) -> Tensor:
-        """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
-        rows without a DWA, and 0 elsewhere."""
-        mask, start = self.constants()
-        return torch.where(mask, self.alpha, start.to(self.alpha.dtype))
-
-    def num_params(self) -> int:
-        """Return the number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
-        return sum(map(len, self.rows))
-
-    def sparsity(self) -> float:
-        """Return the fraction of pairs (i, j), j < i, not in the mask: 0 for 1x1, 1 for none."""
-        earlier = sum(j < i for i, row in enumerate(self.rows, start=1) for j in row)
-        return 1 - earlier / (self.n_layer * (self.n_layer + 1) // 2)
+        self.alpha.copy_(self.initial)
 
     @torch.enable_grad()  # alpha learns even if the first blocks run under no_grad
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
         check_dtype(0, x)
         if self.use_inplace(x):
-            return InPlacePass(F.pad(self.weights(), (0, 0, 1, 0)), x)  # row i is DWA i
-        return NaivePass(self.weights(), self.rows, self.read, x)
+            return InPlacePass(self.weights(), x)
+        return NaivePass(self.alpha, self.rows, self.used, x)
 
     def use_inplace(self, x: Tensor) -> bool:
-        # In-place traffic does not depend on the mask. With fewer than about 2.5 mask entries per
-        # block, the naive pass moves less.
+        # In-place traffic does not depend on the mask. It equals naive traffic at about 2.5 mask
+        # entries per block, so sparser masks take the formula.
         dense = self.num_params() >= 2.5 * self.n_layer
+        plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
         # Tracers cannot follow writes to the buffer.
-        return self.impl == "inplace" and dense and x.is_floating_point() and not is_traced()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        traced = traced or torch._C._are_functorch_transforms_active()
+        return self.impl == "inplace" and dense and plain and not (x.is_complex() or traced)
 
+    def weights(self) -> Tensor:
+        """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
+        rows without a DWA, and 0 elsewhere."""
+        mask, initial = self.mask.to(self.alpha.device), self.initial.to(self.alpha)
+        return torch.where(mask, self.alpha, initial)
 
-def is_traced() -> bool:
-    """Return whether torch.compile, torch.export, torch.jit.trace or torch.func is at work."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return traced or torch._C._are_functorch_transforms_active()
+    def num_params(self) -> int:
+        """Return the number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
+        return sum(map(len, self.rows))
+
+    def extra_repr(self) -> str:
+        return f"{self.n_layer}, {self.pattern!r}, impl={self.impl!r}"
+
+    def _apply(self, fn, recurse=True):
+        """Move mask and initial with alpha; .to(), .cuda() and the like call this."""
+        super()._apply(fn, recurse)
+        if not self.alpha.is_meta:  # which would lose their values
+            self.mask, self.initial = self.mask.to(self.alpha.device), self.initial.to(self.alpha)
+        return self
 
 
 class NaivePass:
-    """Compute the formula directly and leave the gradients to autograd."""
+    """The formula; autograd computes the gradients."""
 
-    def __init__(self, alpha: Tensor, rows: list[list[int]], read: set[int], x: Tensor):
-        self.alpha, self.rows, self.read = alpha.to(x.dtype), rows, read
-        self.shape = x.shape
-        self.X = {0: remember(x)} if 0 in read else {}
+    def __init__(self, alpha: Tensor, rows: list[list[int]], used: set[int], x: Tensor):
+        self.alpha, self.rows, self.used, self.L = alpha.to(x.dtype), rows, used, len(rows)
+        self.shape, self.is_complex = x.shape, x.is_complex()
+        self.X: dict[int, Tensor] = {}
+        self.versions: dict[int, int] = {}  # of each X_j, which count modifications in place
+        self.keep(0, x)
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        check_step(i, len(self.rows), x, self.shape)
-        if i in self.read:
-            self.X[i] = remember(x)
-        row = self.rows[i - 1]
-        if not row:
-            return x
-        for j in row:  # without a DWA, Y_j is the tensor X_j itself, which a block may modify
-            if j not in self.X or is_modified(*self.X[j]):
-                raise RuntimeError(
-                    f"DWA {i} reads X_{j}, but X_{j} was modified in place, or step {j} was skipped"
-                )
+        check_step(self, i, x)
+        self.keep(i, x)
+        if not self.rows[i - 1]:
+            return x.view_as(x)  # Y_i = X_i, but with a gradient of its own
+        check_unmodified(self, i)
         # Y_i = sum over j of alpha[i, j] * X_j
-        terms = [self.alpha[i - 1, j] * self.X[j][0] for j in row]  # row i - 1 is DWA i
-        return sum(terms[1:], terms[0]).to(x.dtype)
+        alpha, X, (first, *rest) = self.alpha[i - 1].unbind(), self.X, self.rows[i - 1]
+        y = alpha[first] * X[first]
+        for j in rest:
+            y = y + alpha[j] * X[j]
+        return y.to(x.dtype)
 
-
-def remember(x: Tensor) -> tuple[Tensor, int | None]:
-    """Return x and its version counter, or a copy and None where torch keeps no version."""
-    if torch.compiler.is_compiling() or x.is_inference():
-        return x.clone(), None
-    return x, x._version
-
-
-def is_modified(x: Tensor, version: int | None) -> bool:
-    return version is not None and not torch.compiler.is_compiling() and x._version != version
-
-
-def check_step(i: int, L: int, x: Tensor, shape: torch.Size):
-    if not 1 <= i <= L:
-        raise RuntimeError(f"DWA step {i} is out of range: the steps are 1..{L}")
-    if x.shape != shape:
-        raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, but X_0 has {tuple(shape)}")
-    check_dtype(i, x)
+    def keep(self, j: int, x: Tensor):
+        if j not in self.used:
+            return
+        if torch.compiler.is_compiling() or x.is_inference():  # versions are not counted here
+            self.X[j] = x.clone()
+        else:
+            self.X[j], self.versions[j] = x, x._version
 
 
 def check_dtype(i: int, x: Tensor):
     if not (x.is_floating_point() or x.is_complex()):
         raise RuntimeError(f"X_{i} has dtype {x.dtype}, but averages need floating-point numbers")
+
+
+def check_step(depth: "NaivePass | InPlacePass", i: int, x: Tensor):
+    if not isinstance(x, Tensor):
+        raise RuntimeError(f"X_{i} is a {type(x).__name__}, but a DWA takes one tensor per block")
+    if not 1 <= i <= depth.L:
+        raise RuntimeError(f"DWA step {i} is out of range: the steps are 1..{depth.L}")
+    if x.shape != depth.shape:
+        raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, but X_0 has {tuple(depth.shape)}")
+    check_dtype(i, x)
+    if x.is_complex() != depth.is_complex:
+        raise RuntimeError(f"X_{i} has dtype {x.dtype}: all X_j must be complex, or none")
+
+
+def check_unmodified(depth: NaivePass, i: int):
+    X, versions = depth.X, depth.versions
+    for j in depth.rows[i - 1]:
+        if j not in X or (j in versions and X[j]._version != versions[j]):
+            raise RuntimeError(
+                f"DWA {i} reads X_{j}, but X_{j} was modified in place, or step {j} was skipped"
+            )
 
 
 # -----------------------------------------------------------------------------
@@ -631,11 +615,27 @@ def sample(
 #    activations this reads L^2/(2b) + L b/2, which is smallest for b = sqrt(L).
 #
 # A tile's product needs memory for b rows. The rows of X after lo are still free, so it goes there:
-# the part of Y_i from older tiles waits in row i + 1 until X_{i+1} overwrites it. Then Y_i is one
-# product again, of rows lo..i+1 of X with the weights alpha[i, lo], ..., alpha[i, i], 1. These are
-# in row i + 1 of a matrix A, which is DWA i with a 1 on the diagonal. Backward, with G_m in row
-# m + 1 of G, the same works with columns of A: the part of dX_j from newer tiles waits in row j of
-# G, and column j of A holds its weight, 1, and below it alpha[j, j], alpha[j+1, j], ...
+# P_i, the part of Y_i from older tiles, waits in row i + 1 until X_{i+1} overwrites it. Then Y_i is
+# one product again. In the tile of rows 2 and 3, with b = 2 and L = 5:
+#
+#        row            0    1    2    3    4    5    6
+#        before step 2  X_0  X_1  .    P_2  P_3  .    .
+#        in step 2      X_0  X_1  X_2  P_2  P_3  .    .     Y_2 = a22 X_2           + 1 P_2
+#        in step 3      X_0  X_1  X_2  X_3  P_3  .    .     Y_3 = a32 X_2 + a33 X_3 + 1 P_3
+#
+# The weights of Y_i stand in row i + 1 of a matrix A, which is DWA i with a 1 on the diagonal:
+#
+#        row 3 of A     a20  a21  a22  1
+#        row 4 of A     a30  a31  a32  a33  1
+#
+# The backward pass works the same way with columns of A, from the last row up. G_m is written to
+# row m + 1 of G. Q_j, the part of dX_j from newer tiles, waits in row j of G, and column j of A
+# holds its weight, 1, and below it those of G_j, G_{j+1}, ...:
+#
+#        row            0    1    2    3    4    5    6
+#        before step 3  .    .    Q_2  Q_3  .    G_4  G_5
+#        in step 3      .    .    Q_2  Q_3  G_3  G_4  G_5   dX_3 = 1 Q_3 + a33 G_3
+#        in step 2      .    .    Q_2  G_2  G_3  G_4  G_5   dX_2 = 1 Q_2 + a22 G_2 + a32 G_3
 #
 # The X of a tile are no longer needed once its dalpha is computed. So row r of G is row r + b of X:
 # G overwrites the X of the tile after its own, which the backward pass has finished.
@@ -654,19 +654,22 @@ class InPlacePass:
 
         alpha -> step 0 -> order -> step 1 -> order -> ... -> order -> step L
 
-    Step 0 receives alpha as its order, so it returns the gradient of alpha. The pass holds the
+    Step 0, which takes X_0, comes last in the backward pass, when dLoss/dalpha is complete. It
+    receives alpha in place of an order, so that it can return this gradient. The pass holds the
     chain, which holds the buffer; the buffer must not hold the chain, because a reference cycle
     would keep the buffer's memory alive.
     """
 
-    def __init__(self, alpha: Tensor, x: Tensor):
+    def __init__(self, weights: Tensor, x: Tensor):
+        alpha = F.pad(weights, (0, 0, 1, 0))  # (L + 1, L + 1): row i is DWA i
+        self.L, self.shape, self.is_complex = len(weights), x.shape, False
         self.buffer = InPlaceBuffer(alpha, x)
         # Step 0 now, not with step 1: a block may then modify X_0, its input, in place.
         _, self.order = InPlaceStep.apply(x, alpha, self.buffer, 0)
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        check_step(i, self.buffer.L, x, self.buffer.shape)
+        check_step(self, i, x)
         if not (torch.is_grad_enabled() or x.requires_grad):
             return self.buffer.forward(i, x)
         with torch.enable_grad():  # under no_grad too: a later Y may pass a gradient to X_i
@@ -714,14 +717,17 @@ class InPlaceBuffer:
         self.dalpha = torch.zeros_like(alpha) if alpha.requires_grad else None
         self.next = 1  # the next step of the forward pass
         self.task = -1  # autograd's id of the backward pass, once it has begun
+        self.top = self.previous = self.L + 1  # the first row without a gradient, and the last step
 
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i."""
         if i != self.next or self.task != -1:
+            begun = self.task != -1
+            reason = "its backward pass has begun" if begun else f"step {self.next} comes next"
             raise RuntimeError(
-                f"an in-place DWA takes each step once, in order, and none after its backward pass "
-                f"has begun: got step {i}, expected {self.next}. (Checkpointing may wrap blocks; "
-                f"around DWAs it needs impl='naive' and use_reentrant=False.)"
+                f"an in-place DWA cannot take step {i}: {reason}. Each step runs once, in order. "
+                f"(Checkpointing may wrap blocks; around DWAs it needs impl='naive' and "
+                f"use_reentrant=False.)"
             )
         if not x.device == self.X.device == self.A.device:
             raise RuntimeError(f"X_{i}, X_0 and alpha must be on one device for an in-place DWA")
@@ -737,7 +743,8 @@ class InPlaceBuffer:
         """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
         task = torch._C._current_graph_task_id()
         if self.task == -1:
-            self.task, self.previous, self.top = task, i + 1, i + 1  # no later Y has a gradient
+            self.task = task
+            self.top = self.previous = i + 1  # no later Y has a gradient
         if self.task != task or torch.is_grad_enabled():  # enabled only by create_graph=True
             raise RuntimeError(
                 "an in-place DWA supports one backward pass, which overwrites its buffer, and no "

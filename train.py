@@ -505,8 +505,8 @@ def train(config, checkpoint, device, signals):
     ddp_model = model
     if WORLD_SIZE > 1:
         # Some sparse patterns skip a whole block, whose gradients DDP would wait for.
-        rows, read = model.dwa.rows, model.dwa.read
-        unread = any(row and i not in read for i, row in enumerate(rows, start=1))
+        rows, used = model.dwa.rows, model.dwa.used
+        unread = any(row and i not in used for i, row in enumerate(rows, start=1))
         ddp_model = DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=unread
         )

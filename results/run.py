@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT))
 
+from analyze import sparsity  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from config import UsageError, describe_machine, find_device, flag, parse_flags, run_cli  # noqa: E402
 from denseformer import DWA, DenseFormer, DenseFormerConfig  # noqa: E402
@@ -175,7 +176,7 @@ def prune_like(runs, pattern, rate, seed):
     runs.train([flags])
     folder, L = runs.folder(flags), flags["n_layer"]
     dense, like = DWA(L, "1x1"), DWA(L, pattern)
-    earlier = round((1 - like.sparsity()) * L * (L + 1) / 2)  # alphas off the diagonal
+    earlier = round((1 - sparsity(like)) * L * (L + 1) / 2)  # alphas off the diagonal
     fraction = 1 - (L + earlier) / dense.num_params()
     words = [f"--out_dir={folder}", "--checkpoint=last", f"--prune={fraction!r}", "--tokens=1"]
     run_script("analyze.py", *words)
@@ -258,7 +259,7 @@ def report(losses, models, tried, runs, argv):
     for name, model in models.items():
         mean, error = mean_and_error(losses[name])
         dwa, difference = model.dwa, ""
-        alphas = f"{dwa.num_params():,} | {dwa.sparsity():.1%}" if dwa.num_params() else "|"
+        alphas = f"{dwa.num_params():,} | {sparsity(dwa):.1%}" if dwa.num_params() else "|"
         if "plain" in losses and name != "plain":
             pairs = zip(losses[name], losses["plain"], strict=True)
             difference = "{:+.4f} ± {:.4f}".format(*mean_and_error([a - b for a, b in pairs]))

@@ -221,9 +221,23 @@ def x_modified_in_place(dwa, blocks, x):
     run(dwa, [lambda x, b=b: x.add_(b(x.clone())) for b in blocks], x * 2)
 
 
+def step_after_backward(dwa, blocks, x):
+    depth = dwa(x)
+    y = depth.step(1, blocks[0](x))
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="cannot take step 2: its backward pass has begun"):
+        depth.step(2, blocks[1](y))
+    depth.step(2, blocks[1](y))
+
+
 NOT_IN_PLACE = [second_backward, second_other_backward, second_derivative, create_graph]
 NOT_IN_PLACE += [checkpoint_around_dwas]
 WRONG = {f.__name__: f for f in (*NOT_IN_PLACE, skipped_step, x_modified_in_place)} | {
+    "a step after the backward pass": step_after_backward,
+    "a tuple": lambda dwa, blocks, x: dwa(x).step(1, (x, x)),
+    "complex later": lambda dwa, blocks, x: dwa(x).step(1, x * 1j),
+    "complex first": lambda dwa, blocks, x: dwa(x * 1j).step(1, x),
+    "complex later, naive": lambda dwa, blocks, x: DWA(9, impl="naive")(x).step(1, x * 1j),
     "too many steps": lambda dwa, blocks, x: run(dwa, [*blocks, blocks[0]], x),
     "step 0": lambda dwa, blocks, x: dwa(x).step(0, x),
     "other shape": lambda dwa, blocks, x: dwa(x).step(1, x[:1]),
@@ -342,6 +356,53 @@ def test_tracers_take_the_formula():
         forward(IDX, IDX)[1].backward()
         assert_same({n: p.grad for n, p in module.named_parameters()}, expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("impl", ["naive", "inplace"])
+@pytest.mark.parametrize("i", [3, 4])  # DWA 4 reads X_0..X_4; there is no DWA 3
+def test_the_gradient_of_y_is_not_that_of_x(impl, i):
+    """dLoss/dY_i is what block i + 1 contributes; later DWAs read X_i, not Y_i."""
+    torch.manual_seed(0)
+    dwa, blocks, Y = DWA(9, "1x2", impl).double(), network().double(), {}
+    randomize(dwa)
+    x, weights = torch.randn(2, 3, 8).double(), dwa.weights().detach()
+    loss = run(dwa, blocks, x, Y.__setitem__).sin().sum()
+    (ours,) = torch.autograd.grad(loss, Y[i])
+
+    def later(y):  # the loss as a function of Y_i alone: X_0..X_i are constants
+        X, z = [x], x
+        for j, block in enumerate(blocks, start=1):
+            X.append(z + block(z))
+            z = sum(w * X_k for w, X_k in zip(weights[j - 1], X, strict=False))
+            if j == i:
+                X, z = [X_k.detach() for X_k in X], y
+        return z.sin().sum()
+
+    y = Y[i].detach().requires_grad_()
+    assert_same(ours, torch.autograd.grad(later(y), y)[0], 1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")  # prototypes
+@pytest.mark.parametrize("pattern", ["1x1", "1x2"])
+def test_tensors_that_are_not_strided_take_the_formula(pattern):
+    values, mask = torch.rand(6, 3), torch.rand(6, 3) > 0.5
+    tensors = {
+        "jagged": torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 2, 6])),
+        "masked": torch.masked.masked_tensor(values, mask),
+        "a subclass": nn.Buffer(values),
+    }
+    if pattern == "1x1":  # a sparse tensor has no views
+        tensors["sparse"] = (values * mask).to_sparse()
+    for name, x in tensors.items():
+        dwa = DWA(6, pattern)
+        randomize(dwa)
+        depth, total, y = dwa(x), dwa.weights().sum(1).tolist(), x
+        for i in range(1, 7):
+            y = depth.step(i, x)
+        ours = {"jagged": lambda y: y.values(), "sparse": lambda y: y.to_dense(),
+                "masked": lambda y: y.get_data() * mask}.get(name, lambda y: y)(y)  # fmt: skip
+        expected = values if name in ("jagged", "a subclass") else values * mask
+        torch.testing.assert_close(ours, total[5] * expected, msg=name)
 
 
 def test_complex_numbers_take_the_formula():

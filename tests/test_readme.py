@@ -105,7 +105,7 @@ def test_the_model_in_other_code():
 
 def test_the_recipe_for_a_new_pattern():
     recipe = code('part == "powers"')
-    source, end = (HERE / "denseformer.py").read_text(), '        elif part != "none":\n'
+    source, end = (HERE / "denseformer.py").read_text(), '        elif pattern != "none":\n'
     assert source.count(end) == 1
     module = types.ModuleType("denseformer_with_powers")
     exec(compile(source.replace(end, recipe + end), "denseformer.py", "exec"), module.__dict__)
