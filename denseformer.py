@@ -103,15 +103,14 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
         elif part == "connect-to-last":
             reads |= {(i, j) for i, j in causal if i == n_layer}
         elif match := re.fullmatch(r"(\d+):(\d+(?:,\d+)*)", part):
-            row = {(int(match[1]), int(j)) for j in match[2].split(",")}
-            if not row <= set(causal):
-                raise ValueError(f"dwa {part!r}: in i:j,j,j i is in 1..{n_layer}, every j in 0..i")
-            reads |= row
+            reads |= {(int(match[1]), int(j)) for j in match[2].split(",")}
         elif pattern != "none":
             raise ValueError(
                 f"dwa must be none, dilation x period such as 1x1 or 4x5, last4, connect-to-last, "
                 f"single rows such as 24:0,12,24, or several of these joined by +; not {pattern!r}"
             )
+    if not reads <= set(causal):
+        raise ValueError(f"dwa {pattern!r}: in i:j,j,j i is in 1..{n_layer}, every j in 0..i")
     if not reads and pattern != "none":
         raise ValueError(
             f"dwa {pattern} has no DWA in {n_layer} blocks; none is the plain Transformer"
@@ -170,19 +169,9 @@ class DWA(nn.Module):
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
         check_dtype(0, x)
-        if self.use_inplace(x):
+        if self.impl == "inplace" and suits_inplace(self, x):
             return InPlacePass(self.weights(), x)
         return NaivePass(self.alpha, self.rows, self.used, x)
-
-    def use_inplace(self, x: Tensor) -> bool:
-        # In-place traffic does not depend on the mask. It equals naive traffic at about 2.5 mask
-        # entries per block, so sparser masks take the formula.
-        dense = self.num_params() >= 2.5 * self.n_layer
-        plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
-        # Tracers cannot follow writes to the buffer.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        traced = traced or torch._C._are_functorch_transforms_active()
-        return self.impl == "inplace" and dense and plain and not (x.is_complex() or traced)
 
     def weights(self) -> Tensor:
         """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
@@ -244,10 +233,10 @@ def check_dtype(i: int, x: Tensor):
 
 
 def check_step(depth: "NaivePass | InPlacePass", i: int, x: Tensor):
-    if not isinstance(x, Tensor):
-        raise RuntimeError(f"X_{i} is a {type(x).__name__}, but a DWA takes one tensor per block")
     if not 1 <= i <= depth.L:
         raise RuntimeError(f"DWA step {i} is out of range: the steps are 1..{depth.L}")
+    if not isinstance(x, Tensor):
+        raise RuntimeError(f"X_{i} is a {type(x).__name__}, but a DWA takes one tensor per block")
     if x.shape != depth.shape:
         raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, but X_0 has {tuple(depth.shape)}")
     check_dtype(i, x)
@@ -493,9 +482,7 @@ class DenseFormer(nn.Module):
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"the prompt must be non-empty, (B, T), not {tuple(idx.shape)}")
         cache = KVCache(self.config, idx.size(0), idx.device, self.activation_dtype())
-        decode = (
-            CUDAGraph(partial(self, cache=cache)) if idx.is_cuda else partial(self, cache=cache)
-        )
+        decode: Callable = partial(self, cache=cache)
         for n in range(max_new_tokens):
             with evaluating(self):
                 if idx.size(1) > self.config.block_size:
@@ -503,8 +490,10 @@ class DenseFormer(nn.Module):
                     # keys and values depend on a token that is gone: compute all of it again.
                     logits, _ = self(idx[:, -self.config.block_size :])
                 elif n == 0:
-                    logits, _ = self(idx, cache=cache)
+                    logits, _ = decode(idx)
                 else:
+                    if n == 2 and idx.is_cuda:  # kernels are compiled at n = 1
+                        decode = record(decode, idx[:, -1:])
                     logits, _ = decode(idx[:, -1:])
                 new = sample(logits[:, -1], *args, **kwargs)
             idx = torch.cat((idx, new), dim=1)
@@ -527,27 +516,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class CUDAGraph:
-    """Call a function of one tensor, of the same shape each time; replay it as a CUDA graph.
+def record(function: Callable, x: Tensor) -> Callable:
+    """Record function(x) as a CUDA graph; return a function that replays it for any x of its shape.
 
     Launching the kernels of one decoding step takes far longer than running them; a graph is one
-    launch. The first call runs the function itself, which compiles kernels.
+    launch.
     """
+    x, graph = x.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # runs no kernel
+        output = function(x)
 
-    def __init__(self, function: Callable):
-        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+    def replay(new: Tensor):
+        x.copy_(new)
+        graph.replay()
+        return output
 
-    def __call__(self, x: Tensor):
-        self.calls += 1
-        if self.calls == 1:
-            return self.function(x)
-        if self.calls == 2:
-            self.x = x.clone()
-            with torch.cuda.graph(self.graph):  # records the kernels without running them
-                self.output = self.function(self.x)
-        self.x.copy_(x)
-        self.graph.replay()
-        return self.output
+    return replay
 
 
 def sample(
@@ -644,6 +628,18 @@ def sample(
 # in that dtype. What waits in the buffer is rounded to that dtype once more.
 
 TILE = 8  # rows of a tile, b: near sqrt(L) for the paper's depths, and aligned for tensor cores
+
+
+def suits_inplace(dwa: DWA, x: Tensor) -> bool:
+    """Return whether a pass that begins with x can run in place, and is faster than the formula."""
+    # In-place traffic does not depend on the mask. It equals naive traffic at about 2.5 mask
+    # entries per block.
+    dense = dwa.num_params() >= 2.5 * dwa.n_layer
+    plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+    # Tracers cannot follow writes to the buffer.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = traced or torch._C._are_functorch_transforms_active()
+    return dense and plain and x.is_floating_point() and not traced
 
 
 class InPlacePass:

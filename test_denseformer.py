@@ -118,7 +118,7 @@ def test_dwa_is_the_formula_of_the_paper(
     seed = torch.randn(n_layer, 2, 3, 4)
     if impl != "naive":  # in place for every pattern, even where DWA would choose naive
         monkeypatch.setattr(denseformer, "TILE", impl)
-    monkeypatch.setattr(DWA, "use_inplace", lambda self, x: impl != "naive")
+    monkeypatch.setattr(denseformer, "suits_inplace", lambda dwa, x: impl != "naive")
     dwa.to(device, dtype)
 
     def result(begin, alpha, device, dtype):
