@@ -427,7 +427,7 @@ def wrong_flags(script):
 
 
 CONTRADICTIONS = [
-    (train, "--resume --overwrite", "--overwrite"), (train, "--n_head=3", "n_head"),
+    (train, "--resume --overwrite", "--overwrite"), (train, "--n_head=7", "n_head"),
     (train, "--n_embd=6 --n_head=2", "n_embd"), (train, "--dropout=1", "--dropout"),
     (train, "--min_lr=1 --learning_rate=0.1", "--min_lr"),
     (train, "--dwa=0x1", "--dwa"), (train, "--device=abacus", "--device"),

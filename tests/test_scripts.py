@@ -277,6 +277,34 @@ def test_float16_is_resumed_with_its_gradient_scaler(run, tmp_path):
     assert resume(parts, 45, "float32") == {}
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_overflow_in_float16_is_skipped_by_both_optimizers(text, tmp_path, monkeypatch, value):
+    """One gradient of a matrix, which is Muon's, overflows in step 5."""
+
+    class Overflowing(DenseFormer):
+        def __init__(self, config):
+            super().__init__(config)
+            self.blocks[1].mlp.c_fc.weight.register_hook(self.overflow)
+            model.append(self)
+
+        def overflow(self, gradient):
+            return gradient.fill_(value) if len(before) == 5 else gradient
+
+    def get_lr(step, config, real=train.get_lr):  # called before each step of the optimizers
+        before.append({name: p.detach().clone() for name, p in model[0].named_parameters()})
+        return real(step, config)
+
+    model, before = [], []
+    monkeypatch.setattr(train, "DenseFormer", Overflowing)
+    monkeypatch.setattr(train, "get_lr", get_lr)
+    new = SMALL | {"max_iters": 8, "dtype": "float16", "optimizer": "muon"}
+    assert train.main(flags(**new, dataset=text, out_dir=tmp_path / "out")) == 0
+    for name in before[0]:
+        assert before[6][name].equal(before[5][name]), name
+        assert before[7][name].isfinite().all()
+    assert not before[7]["wte.weight"].equal(before[6]["wte.weight"])
+
+
 @pytest.mark.parametrize("clip", [1e-12, 0])
 def test_the_gradient_is_clipped(text, tmp_path, clip):
     """To a norm far below AdamW's epsilon, so that nothing is learned."""
