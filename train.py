@@ -428,6 +428,7 @@ def main(argv=None):
         torch.cuda.set_device(LOCAL_RANK)  # before load_config tries the device
     config, checkpoint = load_config(argv)
     device, out_dir = find_device(config.device), Path(config.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
     if WORLD_SIZE > 1:
         backend = "gloo"
         if device.type == "cuda" and distributed.is_nccl_available():
@@ -435,8 +436,7 @@ def main(argv=None):
             device = find_device(f"cuda:{LOCAL_RANK}")
         # The timeout is long because the others wait while one process downloads.
         distributed.init_process_group(backend, timeout=timedelta(days=7))
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock, signals = FileLock(out_dir / ".lock"), StopSignals()
+    lock, signals, status = FileLock(out_dir / ".lock"), StopSignals(), None
     try:
         if RANK == 0:
             lock.acquire(timeout=0)
@@ -451,7 +451,8 @@ def main(argv=None):
     finally:
         signals.restore()
         lock.release()
-        if WORLD_SIZE > 1:
+        # After an error, NCCL would wait here for other processes, which wait for this one.
+        if WORLD_SIZE > 1 and (status is not None or device.type != "cuda"):
             distributed.destroy_process_group()
 
 
