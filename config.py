@@ -250,6 +250,9 @@ def explain(error: BaseException) -> str:
             "out of memory: use a smaller batch (in train.py, lower --batch_size and raise "
             "--gradient_accumulation_steps by the same factor)"
         )
+    if "captur" in str(error):
+        reason = str(error).splitlines()[0]
+        return f"a CUDA graph cannot record this: {reason} (train.py --compile=False uses none)"
     if "Failed to find C compiler" in str(error):
         return "Triton found no C compiler: install one, or use --compile=False --dwa_impl naive"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -128,13 +128,12 @@ PAPER = {
 PRESETS = {
     # with the defaults above, two minutes on two cores; bfloat16 would be slower at this width
     "cpu": {"dwa_lr_scale": 3.0, "dtype": "float32"},
-    # nanoGPT's Shakespeare model, 10.7M parameters, as a DenseFormer. Its validation loss is lowest
-    # after 1,500 of nanoGPT's 5,000 steps.
+    # nanoGPT's Shakespeare model, 10.7M parameters, as a DenseFormer. More dropout than nanoGPT's
+    # 0.2 and Muon lower the best validation loss from 1.47 to 1.45.
     "gpu": {
-        "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2,
-        "max_iters": 2000, "batch_size": 64, "optimizer": "adamw", "learning_rate": 1e-3,
-        "min_lr": 1e-4, "warmup_iters": 100, "weight_decay": 0.1, "beta2": 0.99,
-        "eval_interval": 250,
+        "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.3,
+        "max_iters": 1500, "batch_size": 64, "learning_rate": 4e-3, "warmup_iters": 100,
+        "weight_decay": 0.1, "beta2": 0.99, "eval_interval": 250,
     },
     "paper-48": PAPER,
     "paper-72": PAPER | {"n_layer": 72},

@@ -1,10 +1,10 @@
 """Every command and all code in the README, with short settings."""
 
+import importlib
 import re
 import shlex
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -103,12 +103,13 @@ def test_the_model_in_other_code():
     assert namespace["idx"].shape == (1, 103)
 
 
-def test_the_recipe_for_a_new_pattern():
+def test_the_recipe_for_a_new_pattern(tmp_path, monkeypatch):
     recipe = code('part == "powers"')
     source, end = (HERE / "denseformer.py").read_text(), '        elif pattern != "none":\n'
     assert source.count(end) == 1
-    module = types.ModuleType("denseformer_with_powers")
-    exec(compile(source.replace(end, recipe + end), "denseformer.py", "exec"), module.__dict__)
+    (tmp_path / "denseformer_with_powers.py").write_text(source.replace(end, recipe + end))
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("denseformer_with_powers")
     assert module.dwa_rows("powers", 9)[8] == [1, 5, 7, 8, 9]
     assert module.dwa_rows("4x5", 9) == denseformer.dwa_rows("4x5", 9)
 

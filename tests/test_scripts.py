@@ -475,7 +475,7 @@ def test_analyze_measurements(trained):
         X = [model.wte(ids[:-1].view(n, 16))]
         Y, cosines = X[0], [1.0]
         for i, block in enumerate(model.blocks):
-            X.append(block(Y, rotary_angles(0, 16, 8, Y)))
+            X.append(block(Y, rotary_angles(torch.arange(16), 8, Y.dtype)))
             Y = sum(a * x for a, x in zip(alpha[i], X, strict=False))
             cosines.append(F.cosine_similarity(X[0], Y, dim=-1).mean().item())
         logits = F.linear(model.ln_f(Y), model.wte.weight)
