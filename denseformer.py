@@ -171,7 +171,7 @@ class DWA(nn.Module):
         check_dtype(0, x)
         if self.impl == "inplace" and suits_inplace(self, x):
             return InPlacePass(self.weights(), x)
-        return NaivePass(self.alpha, self.rows, self.used, x)
+        return NaivePass(self, x)
 
     def weights(self) -> Tensor:
         """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
@@ -197,11 +197,11 @@ class DWA(nn.Module):
 class NaivePass:
     """The formula; autograd computes the gradients."""
 
-    def __init__(self, alpha: Tensor, rows: list[list[int]], used: set[int], x: Tensor):
-        self.alpha, self.rows, self.used, self.L = alpha.to(x.dtype), rows, used, len(rows)
-        self.shape, self.is_complex = x.shape, x.is_complex()
-        self.X: dict[int, Tensor] = {}
-        self.versions: dict[int, int] = {}  # of each X_j, which count modifications in place
+    def __init__(self, dwa: DWA, x: Tensor):
+        self.alpha, self.rows, self.used = dwa.alpha.to(x.dtype), dwa.rows, dwa.used
+        self.L, self.shape, self.is_complex = dwa.n_layer, x.shape, x.is_complex()
+        self.X: dict[int, Tensor] = {}  # {j: X_j}
+        self.versions: dict[int, int] = {}  # {j: how often X_j had been modified in place}
         self.keep(0, x)
 
     def step(self, i: int, x: Tensor) -> Tensor:
@@ -219,9 +219,10 @@ class NaivePass:
         return y.to(x.dtype)
 
     def keep(self, j: int, x: Tensor):
+        """Keep X_j, if a DWA reads it."""
         if j not in self.used:
             return
-        if torch.compiler.is_compiling() or x.is_inference():  # versions are not counted here
+        if torch.compiler.is_compiling() or x.is_inference():  # torch counts no modifications here
             self.X[j] = x.clone()
         else:
             self.X[j], self.versions[j] = x, x._version
