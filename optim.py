@@ -1,4 +1,4 @@
-"""The optimizers: AdamW, and Muon for the matrices inside the blocks.
+"""The optimizers: AdamW, and Muon for the matrices inside the blocks; a micro-batch as CUDA graphs.
 
 Muon (Jordan et al., kellerjordan.github.io/posts/muon) is SGD with momentum that replaces each
 update matrix with the nearest orthogonal one, so that all directions are learned at equal speed.
