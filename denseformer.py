@@ -1,5 +1,5 @@
 """
-DenseFormer: a GPT in which every block reads a learned average of everything before it.
+DenseFormer: a GPT in which every block reads a learned weighted sum of everything before it.
 
 Source: Pagliardini, Mohtashami, Fleuret, Jaggi, "DenseFormer: Enhancing Information Flow in
 Transformers via Depth Weighted Averaging", arXiv 2402.02622. With X_0 the token embedding and
@@ -11,16 +11,16 @@ B_i the i-th Transformer block,
 
 The alphas are learned scalars shared by all tokens and channels: L(L+3)/2 of them, 1,224 for 48
 blocks. alpha[i, i] starts at 1 and the others at 0, so an untrained DenseFormer is exactly the
-plain Transformer with the same weights.
+plain Transformer with the same weights, unless its pattern leaves out some alpha[i, i].
 
 Notable here:
 - DWA is a separate module; three lines add it to any residual network
 - all DWAs of a model are one matrix, alpha; a sparsity pattern is a mask on that matrix
 - the plain Transformer is the same model with dwa="none"
 - the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
-- on a GPU, a decoding step is one CUDA graph
-- the in-place DWA, at the end of this file, computes all of it with two fifths of the formula's
-  memory traffic at 8 blocks, a sixth at 24, a tenth at 48
+- on a GPU, each decoding step replays one CUDA graph, until the context is full
+- the in-place DWA, at the end of this file, gives the same result and moves less memory than
+  autograd does with the formula: two fifths as much for 8 blocks, a sixth for 24, a tenth for 48
 
 Shapes: B sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
 """
@@ -30,14 +30,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-try:  # comes with torch where CUDA does; makes the in-place DWA faster
+try:  # installed with CUDA builds of torch; makes the in-place DWA faster
     import triton
     import triton.language as tl
 except ImportError:
@@ -75,22 +75,145 @@ class DenseFormerConfig:
 
 
 # -----------------------------------------------------------------------------
-# Depth-weighted averages: which X_j each reads, the module, the formula, checks
+# Depth-weighted averages: the module, the formula, the patterns, and checks
+
+
+class DWA(nn.Module):
+    """The depth-weighted averages of a network of n_layer blocks, in three lines:
+
+        self.dwa = DWA(n_layer, "4x5")     in __init__
+        depth = self.dwa(x)                in forward; x is X_0, of any shape (..., C)
+        x = depth.step(i, block(x))        for i = 1..n_layer: X_i -> Y_i
+
+    `alpha` is the only parameter, (n_layer, n_layer + 1): row i-1 is the DWA after block i, column
+    j is X_j. `mask` says which entries are trained; the others have no effect. Calling the module
+    returns a pass, an object that holds the X_j of one forward pass.
+
+    impl="naive" evaluates the formula and leaves the gradients to autograd. impl="inplace" gives
+    the same result with less memory traffic, but with these limits:
+
+    - one backward pass per forward pass; no double backward, no forward-mode differentiation
+    - torch.utils.checkpoint may wrap blocks; around a whole pass it saves no memory
+    - all X_j are stored in the dtype of X_0, and must be finite even where no DWA reads them
+
+    It falls back to the formula for sparse masks, where the formula is faster, and where writing in
+    place is not supported: complex numbers, tensor subclasses, sparse layouts, torch.compile,
+    torch.export, torch.jit.trace and torch.func. Raises ValueError for an unknown impl, and for
+    patterns as dwa_rows does.
+    """
+
+    def __init__(self, n_layer: int, pattern: str = "1x1", impl: str = "inplace"):
+        super().__init__()
+        if impl not in ("inplace", "naive"):
+            raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {impl!r}")
+        self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
+        self.rows = dwa_rows(pattern, n_layer)
+        self.used = set().union(*self.rows)  # the j of all X_j that some DWA reads
+        # The same as two matrices: mask, and alpha before training, which is also the map of rows
+        # without a DWA. They are not buffers: a library that builds a model on the meta device and
+        # then loads a checkpoint leaves buffers missing from that checkpoint uninitialized.
+        self.mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
+        self.initial = torch.zeros(n_layer, n_layer + 1, device="cpu")
+        for i, row in enumerate(self.rows, start=1):
+            self.mask[i - 1, row] = True
+            self.initial[i - 1, row[-1] if row else i] = 1
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        alpha = torch.empty(n_layer, n_layer + 1, dtype=dtype)
+        # frozen if unused: DDP would wait for a gradient that never comes
+        self.alpha = nn.Parameter(alpha, requires_grad=bool(self.used))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Reset alpha so that Y_i is the newest X_j that DWA i reads: X_i, unless a row of the form
+        i:j,j,j leaves it out."""
+        self.alpha.copy_(self.initial)
+
+    @torch.enable_grad()  # alpha learns even if a pass begins under no_grad
+    def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
+        """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
+        check_dtype(0, x)
+        if self.impl == "inplace" and suits_inplace(self, x):
+            return InPlacePass(self.weights(), x)
+        return NaivePass(self, x)
+
+    def weights(self) -> Tensor:
+        """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
+        rows without a DWA, and 0 elsewhere."""
+        # copies nothing, unless alpha was replaced by one on another device
+        mask, initial = self.mask.to(self.alpha.device), self.initial.to(self.alpha)
+        return torch.where(mask, self.alpha, initial)
+
+    def num_params(self) -> int:
+        """Return the number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
+        return sum(map(len, self.rows))
+
+    def extra_repr(self) -> str:
+        return f"{self.n_layer}, {self.pattern!r}, impl={self.impl!r}"
+
+    def _apply(self, fn, recurse=True):
+        """Move mask and initial along with alpha. .to(), .cuda() and the like call this."""
+        super()._apply(fn, recurse)
+        if not self.alpha.is_meta:  # on meta they would lose their values
+            self.mask, self.initial = self.mask.to(self.alpha.device), self.initial.to(self.alpha)
+        return self
+
+
+class NaivePass:
+    """The formula; autograd computes the gradients."""
+
+    def __init__(self, dwa: DWA, x: Tensor):
+        self.alpha, self.rows, self.used = dwa.alpha.to(x.dtype), dwa.rows, dwa.used
+        self.L, self.shape, self.is_complex = dwa.n_layer, x.shape, x.is_complex()
+        self.X: dict[int, Tensor] = {}  # {j: X_j}
+        self.versions: dict[int, int] = {}  # {j: X_j._version when it was kept}
+        self.keep(0, x)
+
+    def step(self, i: int, x: Tensor) -> Tensor:
+        """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
+        check_step(self, i, x)
+        self.keep(i, x)
+        if not self.rows[i - 1]:
+            return x.view_as(x)  # Y_i = X_i, but another tensor: dLoss/dY_i is not dLoss/dX_i
+        self.check_unmodified(i)
+        alpha, X = self.alpha[i - 1].unbind(), self.X  # row i - 1 is DWA i
+        # Y_i = sum over j of alpha[i, j] * X_j
+        y = reduce(torch.add, (alpha[j] * X[j] for j in self.rows[i - 1]))
+        return y.to(x.dtype)
+
+    def keep(self, j: int, x: Tensor):
+        """Keep X_j, if a DWA reads it."""
+        if j not in self.used:
+            return
+        if torch.compiler.is_compiling() or x.is_inference():  # there is no version counter here
+            self.X[j] = x.clone()
+        else:
+            self.X[j], self.versions[j] = x, x._version
+
+    def check_unmodified(self, i: int):
+        """Raise RuntimeError if a block has modified an X_j that DWA i reads."""
+        for j in self.rows[i - 1]:
+            x, version = self.X.get(j), self.versions.get(j)
+            if x is None or (version is not None and version != x._version):
+                raise RuntimeError(
+                    f"DWA {i} reads X_{j}, but X_{j} was modified in place, or step {j} was skipped"
+                )
 
 
 def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
     """Return, for i = 1..n_layer, the sorted indices j of the X_j that DWA i reads.
 
-    An empty row means no DWA after that block: Y_i = X_i. The patterns are
+    An empty row means no DWA after that block: Y_i = X_i. A pattern is one of
 
-        kxp, as 4x5      dilation k and period p (section 3.2): a DWA after every p-th block,
-                         reading X_i, X_{i-k}, X_{i-2k}, ...
-        lastK, as last4  the last K outputs and X_0
+        kxp              dilation k and period p (section 3.2), e.g. 4x5: a DWA after every p-th
+                         block, reading X_i, X_{i-k}, X_{i-2k}, ...
+        lastK            the last K outputs and X_0, e.g. last4
         connect-to-last  one DWA, after the last block
         i:j,j,j          a DWA after block i that reads these X_j
+        none             no DWA: the plain Transformer
 
-    unions of these, joined by +, as in last2+12x1, and none, the plain Transformer. Raises
-    ValueError for other patterns, and for one without a DWA in n_layer blocks.
+    or several joined by +, e.g. last2+12x1. Raises ValueError for anything else, and for a pattern
+    other than none that has no DWA in n_layer blocks.
     """
     causal = [(i, j) for i in range(1, n_layer + 1) for j in range(i + 1)]
     reads: set[tuple[int, int]] = set()  # all (i, j) for which DWA i reads X_j
@@ -110,122 +233,12 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
                 f"single rows such as 24:0,12,24, or several of these joined by +; not {pattern!r}"
             )
     if not reads <= set(causal):
-        raise ValueError(f"dwa {pattern!r}: in i:j,j,j i is in 1..{n_layer}, every j in 0..i")
+        raise ValueError(f"dwa {pattern!r}: a row i:j,j,j needs i in 1..{n_layer}, every j in 0..i")
     if not reads and pattern != "none":
         raise ValueError(
             f"dwa {pattern} has no DWA in {n_layer} blocks; none is the plain Transformer"
         )
     return [[j for j in range(i + 1) if (i, j) in reads] for i in range(1, n_layer + 1)]
-
-
-class DWA(nn.Module):
-    """The depth-weighted averages of a network of n_layer blocks, in three lines:
-
-        self.dwa = DWA(n_layer, "4x5")     in __init__
-        depth = self.dwa(x)                in forward; x is X_0, of any shape (..., C)
-        x = depth.step(i, block(x))        for i = 1..n_layer: X_i -> Y_i
-
-    `alpha` is the only parameter, (n_layer, n_layer + 1): row i-1 is the DWA after block i, column
-    j is X_j. `mask` says which entries are trained; the others are never read. Calling the module
-    begins a pass, an object that holds the X_j of one forward pass.
-
-    impl "naive" computes the formula and leaves the gradients to autograd. impl "inplace" computes
-    the same with less memory traffic. It supports one backward pass, and neither double backward
-    nor forward-mode differentiation; torch.utils.checkpoint may wrap blocks, but saves no memory
-    around a whole pass. It stores all X_j in the dtype of X_0, and they must be finite even where
-    no DWA reads them. The formula is also used where in place is slower, for sparse masks, or
-    impossible: for complex numbers, tensors that are not plain and strided, and under
-    torch.compile, torch.export, torch.jit.trace and torch.func.
-
-    Raises ValueError for an unknown impl, and for patterns as dwa_rows does.
-    """
-
-    def __init__(self, n_layer: int, pattern: str = "1x1", impl: str = "inplace"):
-        super().__init__()
-        if impl not in ("inplace", "naive"):
-            raise ValueError(f"dwa_impl must be 'inplace' or 'naive', not {impl!r}")
-        self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
-        self.rows = dwa_rows(pattern, n_layer)
-        self.used = set().union(*self.rows)  # the j of all X_j that some DWA reads
-        # What follows from the pattern is not a buffer: libraries that create a model without
-        # memory and then load a checkpoint leave buffers that it lacks uninitialized.
-        self.mask = torch.zeros(n_layer, n_layer + 1, dtype=torch.bool, device="cpu")
-        self.initial = torch.zeros(n_layer, n_layer + 1, device="cpu")  # alpha before training
-        for i, row in enumerate(self.rows, start=1):
-            self.mask[i - 1, row] = True
-            self.initial[i - 1, row[-1] if row else i] = 1
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        alpha = torch.empty(n_layer, n_layer + 1, dtype=dtype)
-        # not trained if unused: DDP would wait for its gradient
-        self.alpha = nn.Parameter(alpha, requires_grad=bool(self.used))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self):
-        """Reset alpha so that Y_i is the newest X_j that DWA i reads: X_i, in most patterns."""
-        self.alpha.copy_(self.initial)
-
-    @torch.enable_grad()  # alpha learns even if the first blocks run under no_grad
-    def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
-        """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
-        check_dtype(0, x)
-        if self.impl == "inplace" and suits_inplace(self, x):
-            return InPlacePass(self.weights(), x)
-        return NaivePass(self, x)
-
-    def weights(self) -> Tensor:
-        """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
-        rows without a DWA, and 0 elsewhere."""
-        mask, initial = self.mask.to(self.alpha.device), self.initial.to(self.alpha)
-        return torch.where(mask, self.alpha, initial)
-
-    def num_params(self) -> int:
-        """Return the number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
-        return sum(map(len, self.rows))
-
-    def extra_repr(self) -> str:
-        return f"{self.n_layer}, {self.pattern!r}, impl={self.impl!r}"
-
-    def _apply(self, fn, recurse=True):
-        """Move mask and initial with alpha; .to(), .cuda() and the like call this."""
-        super()._apply(fn, recurse)
-        if not self.alpha.is_meta:  # which would lose their values
-            self.mask, self.initial = self.mask.to(self.alpha.device), self.initial.to(self.alpha)
-        return self
-
-
-class NaivePass:
-    """The formula; autograd computes the gradients."""
-
-    def __init__(self, dwa: DWA, x: Tensor):
-        self.alpha, self.rows, self.used = dwa.alpha.to(x.dtype), dwa.rows, dwa.used
-        self.L, self.shape, self.is_complex = dwa.n_layer, x.shape, x.is_complex()
-        self.X: dict[int, Tensor] = {}  # {j: X_j}
-        self.versions: dict[int, int] = {}  # {j: how often X_j had been modified in place}
-        self.keep(0, x)
-
-    def step(self, i: int, x: Tensor) -> Tensor:
-        """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        check_step(self, i, x)
-        self.keep(i, x)
-        if not self.rows[i - 1]:
-            return x.view_as(x)  # Y_i = X_i, but with a gradient of its own
-        check_unmodified(self, i)
-        # Y_i = sum over j of alpha[i, j] * X_j
-        alpha, X, (first, *rest) = self.alpha[i - 1].unbind(), self.X, self.rows[i - 1]
-        y = alpha[first] * X[first]
-        for j in rest:
-            y = y + alpha[j] * X[j]
-        return y.to(x.dtype)
-
-    def keep(self, j: int, x: Tensor):
-        """Keep X_j, if a DWA reads it."""
-        if j not in self.used:
-            return
-        if torch.compiler.is_compiling() or x.is_inference():  # torch counts no modifications here
-            self.X[j] = x.clone()
-        else:
-            self.X[j], self.versions[j] = x, x._version
 
 
 def check_dtype(i: int, x: Tensor):
@@ -243,15 +256,6 @@ def check_step(depth: "NaivePass | InPlacePass", i: int, x: Tensor):
     check_dtype(i, x)
     if x.is_complex() != depth.is_complex:
         raise RuntimeError(f"X_{i} has dtype {x.dtype}: all X_j must be complex, or none")
-
-
-def check_unmodified(depth: NaivePass, i: int):
-    X, versions = depth.X, depth.versions
-    for j in depth.rows[i - 1]:
-        if j not in X or (j in versions and X[j]._version != versions[j]):
-            raise RuntimeError(
-                f"DWA {i} reads X_{j}, but X_{j} was modified in place, or step {j} was skipped"
-            )
 
 
 # -----------------------------------------------------------------------------
@@ -292,9 +296,8 @@ class KVCache:
         self.layers = torch.zeros(shape, device=device, dtype=dtype).unbind()
         self.length = torch.zeros((), device=device, dtype=torch.long)
 
-    def append(self, T: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of T new tokens, (T,), and which positions they attend to, (T,
-        block_size)."""
+    def advance(self, T: int) -> tuple[Tensor, Tensor]:
+        """Make room for T tokens; return their positions, (T,), and their mask, (T, block_size)."""
         t = self.length + torch.arange(T, device=self.length.device)
         self.length += T
         return t, t[:, None] >= torch.arange(self.layers[0].size(3), device=t.device)
@@ -314,7 +317,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
-        (q, k), v = rotate(qkv[:2], rotary), qkv[2]
+        q, k = rotate(qkv[:2], rotary)
+        v = qkv[2]
         mask = None
         if past is not None:
             kv, t, mask = past
@@ -446,16 +450,16 @@ class DenseFormer(nn.Module):
 
         With targets, the following token ids, (B, T): logits of (B, T, V) and the mean
         cross-entropy in nats; targets of -1 are ignored. Without: logits of the last position
-        only, (B, 1, V), and None. With a cache, idx continues the tokens in it; this requires
-        torch.no_grad. Raises ValueError for more tokens than block_size.
+        only, (B, 1, V), and None. With a cache, idx continues the tokens in it, and the total must
+        not exceed block_size; this requires torch.no_grad. Raises ValueError if T > block_size.
         """
         T = idx.size(1)
         if (block_size := self.config.block_size) < T:
             raise ValueError(f"{T} tokens exceed the block_size {block_size}")
-        t, mask = cache.append(T) if cache else (torch.arange(T, device=idx.device), None)
+        t, mask = cache.advance(T) if cache else (torch.arange(T, device=idx.device), None)
 
         x = self.drop(self.wte(idx))  # (B, T, C)
-        # The DWAs read and write the residual stream, so under autocast keep it in 16 bits too.
+        # Under autocast, keep the residual stream in its dtype too: the DWAs read and write it.
         x = x.to(self.activation_dtype())
         rotary = rotary_angles(t, self.config.n_embd // self.config.n_head, x.dtype)
         depth = self.dwa(x)  # x is X_0
@@ -487,8 +491,8 @@ class DenseFormer(nn.Module):
         for n in range(max_new_tokens):
             with evaluating(self):
                 if idx.size(1) > self.config.block_size:
-                    # The window slides, so positions change, and above the first block cached
-                    # keys and values depend on a token that is gone: compute all of it again.
+                    # The window slides: positions shift, and cached keys and values above the
+                    # first block depend on a dropped token. Recompute the whole window.
                     logits, _ = self(idx[:, -self.config.block_size :])
                 elif n == 0:
                     logits, _ = decode(idx)
@@ -507,7 +511,7 @@ class DenseFormer(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, without dropout, and then each module into its own."""
+    """Put the model into evaluation mode; on exit, restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -518,13 +522,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def record(function: Callable, x: Tensor) -> Callable:
-    """Record function(x) as a CUDA graph; return a function that replays it for any x of its shape.
+    """Capture function(x) as a CUDA graph; return a function that replays it for x of that shape.
 
-    Launching the kernels of one decoding step takes far longer than running them; a graph is one
-    launch.
+    The function must have run before, so that its kernels are compiled. Each replay overwrites the
+    tensors that the last one returned. A graph is a single launch; launching the kernels of a
+    decoding step one by one takes far longer than running them.
     """
     x, graph = x.clone(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # runs no kernel
+    with torch.cuda.device(x.device), torch.cuda.graph(graph):  # captures, does not run
         output = function(x)
 
     def replay(new: Tensor):
@@ -564,7 +569,7 @@ def sample(
     probs = F.softmax(logits, dim=-1)
     if top_p is not None:
         before = probs.cumsum(dim=-1) - probs  # the probability of all more likely tokens
-        probs[:, 1:][before[:, 1:] >= top_p] = 0  # multinomial rescales the rest
+        probs[before >= top_p] = 0  # keeps the first; multinomial rescales the rest
     drawn = torch.multinomial(probs.cpu(), 1, generator=generator)
     return ids.gather(1, drawn.to(ids.device))
 
@@ -590,40 +595,41 @@ def sample(
 #    all older X to these rows, alpha[lo:lo+b, :lo] @ X[:lo], reading each X once instead of b
 #    times. Then each row adds its newest terms, at most b:
 #
-#             j = 0 . . . . . . . lo . . L
-#        i = 1    = =                           = = =  row by row, within its tile
-#            .    = = =
-#            lo   # # # # # # # # =             # # #  one product for the tile
-#            .    # # # # # # # # = =
+#             j = 0 1 2 3 4 5     b = 2, L = 5
+#        i = 1    = =             =  row by row, within a tile
+#            2    # # =           #  one product per tile
+#            3    # # = =
+#            4    # # # # =
+#            5    # # # # = =
 #
 #    The same holds in reverse for G, and dalpha is one product per tile. Instead of L^2/2
 #    activations this reads L^2/(2b) + L b/2, which is smallest for b = sqrt(L).
 #
 # A tile's product needs memory for b rows. The rows of X after lo are still free, so it goes there:
 # P_i, the part of Y_i from older tiles, waits in row i + 1 until X_{i+1} overwrites it. Then Y_i is
-# one product again. In the tile of rows 2 and 3, with b = 2 and L = 5:
+# one product again. In the tile of rows 2 and 3 ("." is free):
 #
-#        row            0    1    2    3    4    5    6
-#        before step 2  X_0  X_1  .    P_2  P_3  .    .
-#        in step 2      X_0  X_1  X_2  P_2  P_3  .    .     Y_2 = a22 X_2           + 1 P_2
-#        in step 3      X_0  X_1  X_2  X_3  P_3  .    .     Y_3 = a32 X_2 + a33 X_3 + 1 P_3
+#        row           0    1    2    3    4    5    6
+#        tile product  X_0  X_1  .    P_2  P_3  .    .
+#        step 2        X_0  X_1  X_2  P_2  P_3  .    .     Y_2 = a22 X_2           + 1 P_2
+#        step 3        X_0  X_1  X_2  X_3  P_3  .    .     Y_3 = a32 X_2 + a33 X_3 + 1 P_3
 #
 # The weights of Y_i stand in row i + 1 of a matrix A, which is DWA i with a 1 on the diagonal:
 #
-#        row 3 of A     a20  a21  a22  1
-#        row 4 of A     a30  a31  a32  a33  1
+#        row 3 of A    a20  a21  a22  1
+#        row 4 of A    a30  a31  a32  a33  1
 #
 # The backward pass works the same way with columns of A, from the last row up. G_m is written to
 # row m + 1 of G. Q_j, the part of dX_j from newer tiles, waits in row j of G, and column j of A
 # holds its weight, 1, and below it those of G_j, G_{j+1}, ...:
 #
-#        row            0    1    2    3    4    5    6
-#        before step 3  .    .    Q_2  Q_3  .    G_4  G_5
-#        in step 3      .    .    Q_2  Q_3  G_3  G_4  G_5   dX_3 = 1 Q_3 + a33 G_3
-#        in step 2      .    .    Q_2  G_2  G_3  G_4  G_5   dX_2 = 1 Q_2 + a22 G_2 + a32 G_3
+#        row           0    1    2    3    4    5    6
+#        tile product  X_2  X_3  Q_2  Q_3  .    G_4  G_5
+#        step 3        X_2  X_3  Q_2  Q_3  G_3  G_4  G_5   dX_3 = 1 Q_3 + a33 G_3
+#        step 2        X_2  X_3  Q_2  G_2  G_3  G_4  G_5   dX_2 = 1 Q_2 + a22 G_2 + a32 G_3
 #
-# The X of a tile are no longer needed once its dalpha is computed. So row r of G is row r + b of X:
-# G overwrites the X of the tile after its own, which the backward pass has finished.
+# Rows 0 and 1 hold X_2 and X_3 because G shares the memory of X: row r of G is row r + b of X. The
+# X of a tile are not needed once its dalpha is computed; the tile below then overwrites them.
 #
 # Products take the dtype of the activations and sum in float32 (float64 for float64), like a Linear
 # in that dtype. What waits in the buffer is rounded to that dtype once more.
@@ -654,7 +660,7 @@ class InPlacePass:
     Step 0, which takes X_0, comes last in the backward pass, when dLoss/dalpha is complete. It
     receives alpha in place of an order, so that it can return this gradient. The pass holds the
     chain, which holds the buffer; the buffer must not hold the chain, because a reference cycle
-    would keep the buffer's memory alive.
+    would keep the buffer's memory alive until garbage collection.
     """
 
     def __init__(self, weights: Tensor, x: Tensor):
@@ -683,24 +689,25 @@ class InPlaceStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _):
-        dx, dalpha = ctx.buffer.backward(ctx.i, g), None
-        if ctx.i == 0 or not ctx.needs_input_grad[1]:  # no earlier step has gradients
-            dalpha = ctx.buffer.free()
-        return dx, dalpha, None, None
+        dx = ctx.buffer.backward(ctx.i, g)
+        last = ctx.i == 0 or not ctx.needs_input_grad[1]  # no earlier step has gradients
+        return dx, ctx.buffer.free() if last else None, None, None
 
 
 class InPlaceBuffer:
-    """The computation and its memory, with the N elements of an activation in S slices.
+    """The memory of a pass, and the computation in it.
+
+    Each activation, of N elements, is split into S slices.
 
     X        (S, L + 2 + b, N / S): row i is X_i; before that, the part of Y_{i-1} from older tiles
     G        X from row b on: row i + 1 is G_i; before that, the part of dX_{i+1} from newer tiles
-    A        (L + 2, columns): row i + 1 is DWA i, and the diagonal is 1
-    alpha_T  (L + 1, columns): column i is DWA i
+    A        (L + 2, a multiple of 8): row i + 1 is DWA i, and the diagonal is 1
+    alpha_T  (L + 1, a multiple of 8): column i is DWA i
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
         self.L, self.b, self.shape = len(alpha) - 1, TILE, x.shape
-        # A CPU computes a batch of products, one for each slice of the tokens, with all its cores.
+        # On a CPU, bmm runs one product per core, so split the tokens into up to 16 slices.
         self.S = math.gcd(math.prod(x.shape[:-1]), 16) if x.device.type == "cpu" else 1
         self.X = x.new_empty(self.S, self.L + 2 + self.b, x.numel() // self.S)
         self.G = self.X[:, self.b :]
@@ -714,7 +721,6 @@ class InPlaceBuffer:
         self.dalpha = torch.zeros_like(alpha) if alpha.requires_grad else None
         self.next = 1  # the next step of the forward pass
         self.task = -1  # autograd's id of the backward pass, once it has begun
-        self.top = self.previous = self.L + 1  # the first row without a gradient, and the last step
 
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i."""
@@ -741,7 +747,8 @@ class InPlaceBuffer:
         task = torch._C._current_graph_task_id()
         if self.task == -1:
             self.task = task
-            self.top = self.previous = i + 1  # no later Y has a gradient
+            self.top = i + 1  # the first row without a gradient: no later Y has one
+            self.previous = i + 1  # the step whose backward ran last
         if self.task != task or torch.is_grad_enabled():  # enabled only by create_graph=True
             raise RuntimeError(
                 "an in-place DWA supports one backward pass, which overwrites its buffer, and no "
@@ -781,20 +788,20 @@ def matmul(A: Tensor, X: Tensor, out: Tensor):
         out.copy_(torch.bmm(A, X, out=X.new_empty(out.shape)))
 
 
-def write_and_sum(X: Tensor, i: int, x: Tensor, a: Tensor, first: int) -> Tensor:
-    """Write x to row i of X, (S, rows, n); return the sum over k of a[k] * X[:, first + k].
+def write_and_sum(X: Tensor, row: int, x: Tensor, a: Tensor, first: int) -> Tensor:
+    """Write x to X[:, row]; return the sum over k of a[k] * X[:, first + k], in the shape of x.
 
-    Row i is one of the rows that are summed. The sum has the shape of x.
+    X is (S, rows, n). The sum includes the row just written.
     """
     y = X.new_empty(x.shape)  # not a view: a block may modify it in place
     if triton and X.is_cuda and X.dtype != torch.float64:  # the kernel sums in float32
         with torch.cuda.device(X.device):
             write_and_sum_kernel[(triton.cdiv(X.size(2), 1024),)](
-                X, i, x.contiguous(), a, first, len(a), y, X.size(2), X.stride(1), a.stride(0),
+                X, row, x.contiguous(), a, first, len(a), y, X.size(2), X.stride(1), a.stride(0),
                 MAX=TILE + 1, BLOCK=1024, num_warps=8,
             )  # fmt: skip
     else:
-        X[:, i] = x.reshape(len(X), -1)
+        X[:, row] = x.reshape(len(X), -1)
         matmul(a[None], X[:, first : first + len(a)], out=y.view(len(X), 1, -1))
     return y
 

@@ -120,6 +120,7 @@ class MicroBatchLoss(nn.Module):
         # training loop: correct, and the time is not noticeable.
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         sample = torch.zeros(2, *shape, dtype=torch.long, device=device)
-        return torch.cuda.make_graphed_callables(
-            self, tuple(sample), allow_unused_input=True, pool=pool
-        )
+        with torch.cuda.device(device):  # else the graphs would record the current one
+            return torch.cuda.make_graphed_callables(
+                self, tuple(sample), allow_unused_input=True, pool=pool
+            )

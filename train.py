@@ -60,8 +60,8 @@ DWA_HELP = """depth-weighted averages: dilation x period such as 4x5; last4, the
  the embedding; connect-to-last; single rows such as 8:0,4,8; several joined by +; or none"""
 INIT_FROM_HELP = """start from the weights of this checkpoint; the model shape must match, and
  dwa, block_size and the data default to its own"""
-COMPILE_HELP = """compile the blocks and the loss and, on a single GPU, record CUDA graphs, which fix
- what Python code decides (default: only with CUDA and Triton)"""
+COMPILE_HELP = """compile the blocks and the loss and, on a single GPU, record CUDA graphs, which
+ fix what Python code decides (default: only with CUDA and Triton)"""
 PRESET_NAMES = ("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
