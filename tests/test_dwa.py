@@ -539,6 +539,23 @@ def test_the_buffer_is_freed(monkeypatch):
         gc.enable()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("impl", ["naive", "inplace"])
+def test_the_pass_is_freed_before_the_logits(impl, monkeypatch):
+    """Without gradients: with a large vocabulary, logits and loss need as much memory again."""
+    model, passes, alive = tiny(dwa_impl=impl), [], []
+    begin = DWA.forward
+
+    def watch(dwa, x):
+        passes.append(weakref.ref(depth := begin(dwa, x)))
+        return depth
+
+    monkeypatch.setattr(DWA, "forward", watch)
+    model.ln_f.register_forward_hook(lambda *args: alive.append(passes[-1]() is not None))
+    model(IDX, IDX)
+    assert alive == [False]
+
+
 def test_memory_is_one_buffer_and_one_tile(monkeypatch):
     monkeypatch.setattr(denseformer, "TILE", 3)
     x = torch.randn(4, 64, 128, requires_grad=True)
