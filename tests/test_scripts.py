@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -561,13 +562,25 @@ def test_a_character_of_several_tokens_is_printed_whole(run, capsys, monkeypatch
     assert capsys.readouterr().out == "aé€\n"
 
 
-def test_the_bench_runs_whole(tmp_path, capsys):
-    report = tmp_path / "bench.json"
+def test_the_bench_runs_whole(tmp_path, capsys, monkeypatch):
+    report, graphs = tmp_path / "bench.json", []
+
+    def backend(graph, inputs):  # as quick as the eager mode
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "0")  # restored after the test
     shape = {"n_layer": 5, "n_embd": 64, "batch_size": 1, "block_size": 64, "rounds": 1}
-    assert bench.main(flags(**shape, patterns="1x1,4x5", device="cpu", json=report)) == 0
+    shape |= {"patterns": "1x1,4x5", "device": "cpu", "compile_model": True}
+    assert bench.main(flags(**shape, json=report)) == 0
     times = json.loads(report.read_text())["times"]
     assert {*times} == {"dwa", "train", "forward", "decode", "recompute"}
     assert {*times["dwa"]} == {"1x1", "4x5", "1x1 naive", "1x1 tensordot"}
+    compiled = {"plain, compiled", "1x1 naive, compiled"}
+    assert {*times["train"]} == {*times["dwa"], "plain", *compiled}
+    assert len(graphs) == 2  # each whole model is one graph
+    assert "1x1 naive: 0 s for a training step" in re.sub(r"\d+ s", "0 s", capsys.readouterr().out)
     # The goals, which only some shapes have: one is met, one missed, one not measured.
     goals = {"naive": 2.0, "1x1 train": 1.1, "4x5 train": 1.0}
     assert bench.print_goals(goals, {"naive": 2.5, "1x1 train": 1.2}) == 1
