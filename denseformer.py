@@ -122,6 +122,7 @@ class DWA(nn.Module):
         # frozen if unused: DDP would wait for a gradient that never comes
         self.alpha = nn.Parameter(alpha, requires_grad=bool(self.used))
         self.reset_parameters()
+        self.follow_alpha()
 
     @torch.no_grad()
     def reset_parameters(self):
@@ -140,7 +141,7 @@ class DWA(nn.Module):
     def weights(self) -> Tensor:
         """Return the map from X to Y, (n_layer, n_layer + 1): alpha in the mask, the identity in
         rows without a DWA, and 0 elsewhere."""
-        # copies nothing, unless alpha was replaced by one on another device
+        self.follow_alpha()  # alpha may have been replaced by one on another device
         mask, initial = self.mask.to(self.alpha.device), self.initial.to(self.alpha)
         return torch.where(mask, self.alpha, initial)
 
@@ -151,11 +152,17 @@ class DWA(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.n_layer}, {self.pattern!r}, impl={self.impl!r}"
 
-    def _apply(self, fn, recurse=True):
-        """Move mask and initial along with alpha. .to(), .cuda() and the like call this."""
+    def follow_alpha(self):
+        """Move mask and initial to alpha's device, but not to meta, where they would lose their
+        values."""
+        if not self.alpha.is_meta:
+            with torch.inference_mode(False):  # else training could not use them later
+                self.mask = self.mask.to(self.alpha.device)
+                self.initial = self.initial.to(self.alpha)
+
+    def _apply(self, fn, recurse=True):  # .to(), .cuda() and the like call this
         super()._apply(fn, recurse)
-        if not self.alpha.is_meta:  # on meta they would lose their values
-            self.mask, self.initial = self.mask.to(self.alpha.device), self.initial.to(self.alpha)
+        self.follow_alpha()
         return self
 
 
@@ -163,7 +170,8 @@ class NaivePass:
     """The formula; autograd computes the gradients."""
 
     def __init__(self, dwa: DWA, x: Tensor):
-        self.alpha, self.rows, self.used = dwa.alpha.to(x.dtype), dwa.rows, dwa.used
+        self.alpha = dwa.alpha.to(x.dtype, copy=True)  # of now: a later change is for a later pass
+        self.rows, self.used = dwa.rows, dwa.used
         self.L, self.shape, self.is_complex = dwa.n_layer, x.shape, x.is_complex()
         self.X: dict[int, Tensor] = {}  # {j: X_j}
         self.versions: dict[int, int] = {}  # {j: X_j._version when it was kept}
@@ -174,7 +182,8 @@ class NaivePass:
         check_step(self, i, x)
         self.keep(i, x)
         if not self.rows[i - 1]:
-            return x.view_as(x)  # Y_i = X_i, but another tensor: dLoss/dY_i is not dLoss/dX_i
+            # Y_i = X_i, but another tensor: dLoss/dY_i is not dLoss/dX_i
+            return x.view_as(x) if x.layout == torch.strided else x.clone()
         self.check_unmodified(i)
         alpha, X = self.alpha[i - 1].unbind(), self.X  # row i - 1 is DWA i
         # Y_i = sum over j of alpha[i, j] * X_j
@@ -242,6 +251,8 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
 
 
 def check_dtype(i: int, x: Tensor):
+    if not isinstance(x, Tensor):
+        raise RuntimeError(f"X_{i} is a {type(x).__name__}, but a DWA takes one tensor per block")
     if not (x.is_floating_point() or x.is_complex()):
         raise RuntimeError(f"X_{i} has dtype {x.dtype}, but averages need floating-point numbers")
 
@@ -249,11 +260,9 @@ def check_dtype(i: int, x: Tensor):
 def check_step(depth: "NaivePass | InPlacePass", i: int, x: Tensor):
     if not 1 <= i <= depth.L:
         raise RuntimeError(f"DWA step {i} is out of range: the steps are 1..{depth.L}")
-    if not isinstance(x, Tensor):
-        raise RuntimeError(f"X_{i} is a {type(x).__name__}, but a DWA takes one tensor per block")
+    check_dtype(i, x)
     if x.shape != depth.shape:
         raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, but X_0 has {tuple(depth.shape)}")
-    check_dtype(i, x)
     if x.is_complex() != depth.is_complex:
         raise RuntimeError(f"X_{i} has dtype {x.dtype}: all X_j must be complex, or none")
 
@@ -481,8 +490,9 @@ class DenseFormer(nn.Module):
     def stream(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Iterator[Tensor]:
         """Continue token ids idx, (B, T); yield the next ids, (B, 1), max_new_tokens times.
 
-        The other arguments are those of sample: temperature, top_k, top_p, generator. Raises
-        ValueError, at the first token, for an empty idx or an argument that sample rejects.
+        The other arguments are those of sample: temperature, top_k, top_p, generator. All tokens
+        must be drawn under the same autocast. Raises ValueError, at the first token, for an empty
+        idx or an argument that sample rejects.
         """
         if idx.dim() != 2 or not idx.numel():
             raise ValueError(f"the prompt must be non-empty, (B, T), not {tuple(idx.shape)}")
@@ -530,7 +540,7 @@ def record(function: Callable, x: Tensor) -> Callable:
     decoding step one by one takes far longer than running them.
     """
     x, graph = x.clone(), torch.cuda.CUDAGraph()
-    with torch.cuda.device(x.device), torch.cuda.graph(graph):  # captures, does not run
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(x.device)):  # captures, does not run
         output = function(x)
 
     def replay(new: Tensor):
@@ -570,7 +580,7 @@ def sample(
     probs = F.softmax(logits, dim=-1)
     if top_p is not None:
         before = probs.cumsum(dim=-1) - probs  # the probability of all more likely tokens
-        probs[before >= top_p] = 0  # keeps the first; multinomial rescales the rest
+        probs[:, 1:][before[:, 1:] >= top_p] = 0  # multinomial rescales the rest
     drawn = torch.multinomial(probs.cpu(), 1, generator=generator)
     return ids.gather(1, drawn.to(ids.device))
 

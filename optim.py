@@ -114,7 +114,8 @@ class MicroBatchLoss(nn.Module):
         """Return this as two CUDA graphs, of the forward and the backward pass.
 
         Launching the kernels of a small model takes longer than running them; a graph is one
-        launch. Graphs that never run at the same time can share a memory pool.
+        launch. Each backward pass overwrites the gradients of the last one: set them to None in
+        between. Graphs that never run at the same time can share a memory pool.
         """
         # Recording uses a stream of its own, which autograd then synchronizes with that of the
         # training loop: correct, and the time is not noticeable.

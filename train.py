@@ -60,8 +60,8 @@ DWA_HELP = """depth-weighted averages: dilation x period such as 4x5; last4, the
  the embedding; connect-to-last; single rows such as 8:0,4,8; several joined by +; or none"""
 INIT_FROM_HELP = """start from the weights of this checkpoint; the model shape must match, and
  dwa, block_size and the data default to its own"""
-COMPILE_HELP = """compile the blocks and the loss and, on a single GPU, record CUDA graphs, which
- fix what Python code decides (default: only with CUDA and Triton)"""
+COMPILE_HELP = """compile the blocks and the loss and, on a single GPU with one micro-batch per
+ step, record CUDA graphs, which fix what Python code decides (default: with CUDA and Triton)"""
 PRESET_NAMES = ("auto", "cpu", "gpu", "paper-48", "paper-72", "paper-small")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -177,9 +177,10 @@ def load_config(argv):
         return resume_config(overrides, out_dir)
     runs = [name for name in ("last.pt", "best.pt") if (out_dir / name).exists()]
     if runs and not overrides.get("overwrite"):
+        resume = "--resume to continue it, " if runs[0] == "last.pt" else ""
         raise UserError(
-            f"{out_dir} already contains a run ({runs[0]}): use --resume to continue it, "
-            f"--overwrite to replace it, or another --out_dir to keep it"
+            f"{out_dir} already contains a run ({runs[0]}): use {resume}--overwrite to replace it, "
+            f"or another --out_dir to keep it"
         )
     preset = overrides.get("preset", "auto")
     if preset == "auto":
@@ -203,6 +204,11 @@ def resume_config(overrides, out_dir):
     if overrides.get("overwrite"):
         raise UsageError("--resume and --overwrite contradict each other")
     checkpoint = load_checkpoint(out_dir / "last.pt")
+    if "optimizers" not in checkpoint:
+        raise UserError(
+            f"{out_dir}/last.pt lacks the optimizers' state, as best.pt does: --init_from starts "
+            f"from its weights"
+        )
     with checkpoint_errors(out_dir / "last.pt"):
         base = asdict(TrainConfig(**checkpoint["train_config"]))
         sequences = base["batch_size"] * base["gradient_accumulation_steps"]
@@ -511,7 +517,10 @@ def train(config, checkpoint, device, signals):
             model, gradient_as_bucket_view=True, find_unused_parameters=unread
         )
     micro_batch_loss = MicroBatchLoss(ddp_model, autocast)
-    if compiled and device.type == "cuda" and WORLD_SIZE == 1:
+    # The gradients of a graph lie in memory that its next replay overwrites, so that a second
+    # micro-batch could not be added to them.
+    single = WORLD_SIZE == config.gradient_accumulation_steps == 1
+    if compiled and device.type == "cuda" and single:
         micro_batch_loss = micro_batch_loss.record((config.batch_size, config.block_size), device)
 
     # 6. The loop

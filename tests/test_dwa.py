@@ -234,6 +234,7 @@ NOT_IN_PLACE = [second_backward, second_other_backward, second_derivative, creat
 NOT_IN_PLACE += [checkpoint_around_dwas]
 WRONG = {f.__name__: f for f in (*NOT_IN_PLACE, skipped_step, x_modified_in_place)} | {
     "a step after the backward pass": step_after_backward,
+    "a tuple first": lambda dwa, blocks, x: dwa((x, x)),
     "a tuple": lambda dwa, blocks, x: dwa(x).step(1, (x, x)),
     "complex later": lambda dwa, blocks, x: dwa(x).step(1, x * 1j),
     "complex first": lambda dwa, blocks, x: dwa(x * 1j).step(1, x),
@@ -359,6 +360,27 @@ def test_tracers_take_the_formula():
 
 
 @pytest.mark.parametrize("impl", ["naive", "inplace"])
+def test_a_pass_uses_the_alphas_of_its_beginning(impl):
+    dwa, x = DWA(4, impl=impl), torch.ones(2, 8)
+    depth = dwa(x)
+    with torch.no_grad():
+        dwa.alpha.fill_(7)
+    for i in range(1, 5):
+        assert depth.step(i, i * x).equal(i * x)
+
+
+def test_mask_and_initial_follow_alpha():
+    with torch.device("meta"):
+        dwa = DWA(4)
+        assert dwa(torch.ones(2, 8)).step(1, torch.ones(2, 8)).is_meta
+    with torch.inference_mode():
+        dwa.load_state_dict(DWA(4).double().state_dict(), assign=True)  # as if to another device
+        assert dwa.weights().equal(torch.eye(5)[1:].double())
+    assert not (dwa.mask.is_inference() or dwa.initial.is_inference())
+    assert dwa.double().initial.dtype == torch.float64
+
+
+@pytest.mark.parametrize("impl", ["naive", "inplace"])
 @pytest.mark.parametrize("i", [3, 4])  # DWA 4 reads X_0..X_4; there is no DWA 3
 def test_the_gradient_of_y_is_not_that_of_x(impl, i):
     """dLoss/dY_i is what block i + 1 contributes; later DWAs read X_i, not Y_i."""
@@ -390,9 +412,8 @@ def test_tensors_that_are_not_strided_take_the_formula(pattern):
         "jagged": torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 2, 6])),
         "masked": torch.masked.masked_tensor(values, mask),
         "a subclass": nn.Buffer(values),
+        "sparse": (values * mask).to_sparse(),
     }
-    if pattern == "1x1":  # a sparse tensor has no views
-        tensors["sparse"] = (values * mask).to_sparse()
     for name, x in tensors.items():
         dwa = DWA(6, pattern)
         randomize(dwa)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("dwa", ["none", "1x1", "3:0,1"])  # X_3 is unread, so block 2 is unused
 def test_graphs_train_as_eager_mode_does(text, tmp_path, optimizer, dwa):
-    same = SMALL | {"device": "cuda", "dtype": "float32", "gradient_accumulation_steps": 2}
+    same = SMALL | {"device": "cuda", "dtype": "float32"}
     same |= {"optimizer": optimizer, "dwa": dwa, "dwa_start_iter": 3}
     for name in ("graphs", "eager"):
         new = flags(**same, dataset=text, out_dir=tmp_path / name, compile=name == "graphs")
@@ -39,3 +39,12 @@ def test_a_run_that_resumes_goes_on_with_the_same_masks(text, tmp_path, signal_a
         assert ours[0] == expected[0]
         assert [x for x in ours if x] == pytest.approx([x for x in expected if x], rel=1e-2)
     assert all(w.isfinite().all() for w in weights(parts).values())
+
+
+def test_gradients_are_not_accumulated_in_the_memory_of_a_graph(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.MicroBatchLoss, "record", lambda *args: 1 / 0)
+    same = SMALL | {"device": "cuda", "max_iters": 1}
+    with pytest.raises(ZeroDivisionError):
+        train.main(flags(**same, dataset=text, out_dir=tmp_path / "one"))
+    same |= {"gradient_accumulation_steps": 2}
+    assert train.main(flags(**same, dataset=text, out_dir=tmp_path / "two")) == 0

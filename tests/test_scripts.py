@@ -359,9 +359,12 @@ def test_openwebtext_from_its_shards_to_a_sample(tmp_path, monkeypatch, capsys, 
 def test_an_existing_run_is_kept(run, fails):
     checkpoint = (run / "best.pt").read_bytes()
     same = flags(**SMALL | {"max_iters": 1}, dataset="none.txt", out_dir=run)
-    for _ in range(2):
-        fails(train, *same, says=["contains a run.*--resume.*--overwrite"])
-        (run / "last.pt").unlink(missing_ok=True)  # best.pt alone is a run as well
+    fails(train, *same, says=["contains a run.*--resume.*--overwrite"])
+    (run / "last.pt").unlink()  # best.pt alone is a run as well, but one that cannot be resumed
+    fails(train, *same, says=["contains a run.*: use --overwrite"])
+    (run / "last.pt").write_bytes(checkpoint)
+    fails(train, "--resume", f"--out_dir={run}", says=["lacks the optimizers' state.*--init_from"])
+    (run / "last.pt").unlink()
     fails(train, *same, f"--init_from={run}/best.pt", says=["contains a run"])
     assert (run / "best.pt").read_bytes() == checkpoint
 
