@@ -376,7 +376,7 @@ def test_mask_and_initial_follow_alpha():
     with torch.inference_mode():
         dwa.load_state_dict(DWA(4).double().state_dict(), assign=True)  # as if to another device
         assert dwa.weights().equal(torch.eye(5)[1:].double())
-    assert not (dwa.mask.is_inference() or dwa.initial.is_inference())
+    assert not any(tensor.is_inference() for tensor in (dwa.mask, dwa.initial))
     assert dwa.double().initial.dtype == torch.float64
 
 
