@@ -3,7 +3,8 @@
 python analyze.py                             the run in out/
 python analyze.py --plain out-plain           compare with a plain Transformer on the same data
 python analyze.py --prune 0.8                 drop the smallest 80% of the alphas: out/pruned.pt
-python train.py --init_from out/pruned.pt --out_dir out-pruned      and continue without them
+python train.py --init_from out/pruned.pt --learning_rate 1.5e-3 --out_dir out-pruned
+                                          and continue without them, at a tenth of the rate
 
 alpha.png        the alphas as a heat map                                     (the paper's Figure 5)
 alpha-steps.png  the alphas during training                                   (Figure 10)
@@ -152,13 +153,14 @@ def save_pruned(run, fraction, out_dir):
         raise UserError(f"--prune {fraction} drops all {all_alphas:,} alphas; drop fewer")
     config = run.checkpoint["model_config"] | {"dwa": dwa.pattern}
     model = {name: tensor.cpu() for name, tensor in run.model.state_dict().items()}
-    path = out_dir / "pruned.pt"
+    path, rate = out_dir / "pruned.pt", run.checkpoint["train_config"]["learning_rate"]
     save_checkpoint(path, run.checkpoint | {"model": model, "model_config": config})
     print(
-        f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas, a sparsity of "
-        f"{sparsity(dwa):.1%}: validation perplexity {run.perplexity():.3f}\n"
+        f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas (off the diagonal, "
+        f"{sparsity(dwa):.1%} are dropped): validation perplexity {run.perplexity():.3f}\n"
         f"to continue training: python train.py --init_from {shlex.quote(str(path))} "
-        f"--out_dir {shlex.quote(f'{out_dir}-pruned')}\n"
+        f"--out_dir {shlex.quote(f'{out_dir}-pruned')} --learning_rate {rate / 10:g}, a tenth of "
+        f"the run's\n"
         f"to train this pattern from scratch: --n_layer {dwa.n_layer} --dwa {dwa.pattern}"
     )
 
@@ -211,7 +213,7 @@ def plot_alpha(alpha, mask, title, path):
     if L <= 12:  # room for the numbers
         for i, j in mask.nonzero().tolist():
             value = alpha[i, j].item()
-            color = "white" if abs(value) > 0.5 * limit else "black"
+            color = "white" if abs(image.norm(value) - 0.5) > 0.3 else "black"
             axes.text(j, i + 1, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     axes.set_title(title)
     axes.set_xlabel("$j$ (block output $X_j$; $X_0$ is the embedding)")

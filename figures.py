@@ -18,6 +18,9 @@ def text_heat_map(alpha: Tensor, mask: Tensor, max_rows: int | None = None) -> s
     shown = np.linspace(1, L, min(L, max_rows or L)).round().astype(int).tolist()
     lines = []
     for i in shown:
+        if not mask[i - 1].any():
+            lines.append(f"Y_{i:<3}= X_{i}")
+            continue
         cells = ""
         for a, trained in zip(alpha[i - 1, : i + 1].tolist(), mask[i - 1].tolist(), strict=False):
             shade = sum(abs(a) >= level for level in LEVELS) if trained else 0

@@ -7,6 +7,7 @@ python sample.py --start FILE:prompt.txt --top_k 40 --max_new_tokens 1000
 
 import codecs
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def main(argv=None):
     out_dir = Path(config.out_dir)
     if not out_dir.is_dir():
         raise UserError(f"no run in {out_dir}; train one with python train.py")
-    model, tokenizer, _ = load_model(out_dir / f"{config.checkpoint}.pt", device)
+    model, tokenizer, checkpoint = load_model(out_dir / f"{config.checkpoint}.pt", device)
+    if checkpoint["step"] == 0:
+        print(f"sample.py: {config.checkpoint}.pt is from step 0, before training", file=sys.stderr)
     text, prompt = read_prompt(config.start, tokenizer)
     for n in range(config.num_samples):
         if n > 0:

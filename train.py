@@ -408,7 +408,8 @@ def show_run(model, tokenizer, config, device):
         plot_losses(out_dir / "log.jsonl", out_dir / "loss.png")
         say(f"loss curve: {out_dir}/loss.png")
     except ImportError:
-        say("to plot the loss curve: pip install matplotlib")
+        say(f"to plot the loss curve: pip install matplotlib; python train.py --resume"
+            f"{resume_flags(out_dir)}")  # fmt: skip
     except Exception as error:  # the sample matters more
         say(f"no loss curve: {error}")
     if dwa.num_params():
@@ -497,7 +498,8 @@ def train(config, checkpoint, device, signals):
             if checkpoint["scaler"]:
                 scaler.load_state_dict(checkpoint["scaler"])
             step, best_val_loss = int(checkpoint["step"]), float(checkpoint["best_val_loss"])
-        say(f"resuming from step {step}")
+        end = "; it has ended, and a larger --max_iters trains on" * (step == config.max_iters)
+        say(f"resuming from step {step}{end}")
     elif config.init_from:
         load_weights(checkpoint, Path(config.init_from), model, tokenizer)
     if checkpoint:

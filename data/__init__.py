@@ -60,10 +60,14 @@ def load(
 def load_default(tokenizer: str | None) -> Dataset:
     """Return Tiny Shakespeare, or pydoc and print why."""
     try:
-        return shakespeare.load(tokenizer, deadline=PATIENCE)
+        shakespeare.fetch(deadline=PATIENCE)
     except UserError as error:
+        if os.environ.get("SHAKESPEARE_URL"):  # somebody asked for it
+            raise
         say(
             f"CANNOT DOWNLOAD TINY SHAKESPEARE ({error}): TRAINING ON PYTHON'S LANGUAGE REFERENCE "
-            f"INSTEAD. To require it, use --dataset shakespeare; or use --dataset YOUR.txt"
+            f"INSTEAD. To require it, use --dataset shakespeare; if you have a copy, set "
+            f"SHAKESPEARE_URL to its path; or use --dataset YOUR.txt"
         )
         return pydoc_topics.load(tokenizer)
+    return shakespeare.load(tokenizer)

@@ -471,7 +471,7 @@ def test_the_token_goes_to_the_hub_alone(server, monkeypatch, tmp_path, place):
 @pytest.mark.parametrize("fault", ["stalls", 500])
 def test_pydoc_replaces_tiny_shakespeare_if_nobody_named_it(server, fault, monkeypatch, capsys):
     monkeypatch.setattr(shakespeare, "SHA256", SHA256)
-    monkeypatch.setenv("SHAKESPEARE_URL", f"{server.url}/plain/a.bin")
+    monkeypatch.setattr(shakespeare, "URL", f"{server.url}/plain/a.bin")
     monkeypatch.setattr(data, "PATIENCE", 1.0)
     server.script = [fault]
     default = data.load(None, block_size=64)
@@ -483,8 +483,19 @@ def test_pydoc_replaces_tiny_shakespeare_if_nobody_named_it(server, fault, monke
     server.script = [404]
     with refused("404"):
         data.load("shakespeare", block_size=64)
+    monkeypatch.setenv("SHAKESPEARE_URL", "nowhere.txt")  # which asks for it
+    with refused("nowhere.txt: No such file"):
+        data.load(None, block_size=64)
+    monkeypatch.delenv("SHAKESPEARE_URL")
     monkeypatch.setattr(data, "PATIENCE", 60.0)
     assert data.load(None, block_size=64).name == "shakespeare"
+
+    def faulty(*args):
+        raise UserError("a fault in the text")
+
+    monkeypatch.setattr(shakespeare, "from_text", faulty)
+    with refused("a fault in the text"):  # which is no failed download
+        data.load(None, block_size=64)
 
 
 # GPT-2's vocabulary

@@ -446,6 +446,8 @@ def test_text_heat_map():
     alpha = torch.tensor([[-0.2, 1.0, 0], [0.02, 0.05, -0.009]])
     shown = text_heat_map(alpha, torch.tensor([[True, True, False], [True, False, True]]))
     assert shown.splitlines()[1:3] == ["Y_1  |=█|", "Y_2  |░  |"]
+    shown = text_heat_map(alpha, torch.tensor([[False, False, False], [True, False, True]]))
+    assert shown.splitlines()[1] == "Y_1  = X_1"  # no DWA
     deep = text_heat_map(DWA(48).alpha.detach(), DWA(48).mask, max_rows=12).splitlines()
     assert len(deep) == 14
     assert deep[1].startswith("Y_1 ")
@@ -560,9 +562,12 @@ def test_only_the_names_of_flags_are_normalized():
 def test_a_character_of_several_tokens_is_printed_whole(run, capsys, monkeypatch):
     tokens = [torch.tensor([[byte]]) for byte in "é€".encode()]
     monkeypatch.setattr(DenseFormer, "stream", lambda *args: iter(tokens))
-    monkeypatch.setattr(sample, "load_model", lambda *args: (DenseFormer, ByteTokenizer(), None))
+    loaded = DenseFormer, ByteTokenizer(), {"step": 0}
+    monkeypatch.setattr(sample, "load_model", lambda *args: loaded)
     sample.main([f"--out_dir={run}", "--start=a"])
-    assert capsys.readouterr().out == "aé€\n"
+    shown = capsys.readouterr()
+    assert shown.out == "aé€\n"
+    assert "best.pt is from step 0, before training" in shown.err
 
 
 def test_the_bench_runs_whole(tmp_path, capsys, monkeypatch):
