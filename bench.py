@@ -118,6 +118,7 @@ def replace(model, **modules):
 
 
 BASELINES = ("1x1 naive", "1x1 tensordot")
+COMPILED = ("plain", "1x1 naive")  # the rows of which --compile_model compiles the whole model
 
 
 def make_dwas(config, device):
@@ -299,7 +300,7 @@ def make_tasks(model, uncompiled, dwas, config, device, numbers):
         tasks["decode"] = {row: partial(decode, m) for row, m in decoders.items()}
         if "1x1" in models:
             tasks["recompute"] = {"1x1": partial(recompute, models["1x1"])}
-    for row in ("plain", "1x1 naive") if config.compile_model else ():
+    for row in COMPILED if config.compile_model else ():
         models[f"{row}, compiled"] = torch.compile(replace(uncompiled, dwa=dwas[row]))
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for row, m in models.items():
@@ -451,7 +452,7 @@ def bench_model(config, device, dwas, report):
         f"{peak / 1e12:.2f} TFLOP/s of a large matrix product"
     )
     if config.compile_model:
-        for row in ("plain", "1x1 naive"):
+        for row in COMPILED:
             seconds = numbers[f"first step {row}, compiled"]
             print(f"torch.compile of the whole model, {row}: {seconds:.0f} s for a training step")
         if "1x1" in dwas:

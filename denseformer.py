@@ -133,7 +133,7 @@ class DWA(nn.Module):
     @torch.enable_grad()  # alpha learns even if a pass begins under no_grad
     def forward(self, x: Tensor) -> "NaivePass | InPlacePass":
         """Begin a pass with X_0, (..., C); its step(i, x) takes X_i and returns Y_i."""
-        check_dtype(0, x)
+        check_tensor(0, x)
         if self.impl == "inplace" and suits_inplace(self, x):
             return InPlacePass(self.weights(), x)
         return NaivePass(self, x)
@@ -250,7 +250,7 @@ def dwa_rows(pattern: str, n_layer: int) -> list[list[int]]:
     return [[j for j in range(i + 1) if (i, j) in reads] for i in range(1, n_layer + 1)]
 
 
-def check_dtype(i: int, x: Tensor):
+def check_tensor(i: int, x: Tensor):
     if not isinstance(x, Tensor):
         raise RuntimeError(f"X_{i} is a {type(x).__name__}, but a DWA takes one tensor per block")
     if not (x.is_floating_point() or x.is_complex()):
@@ -260,7 +260,7 @@ def check_dtype(i: int, x: Tensor):
 def check_step(depth: "NaivePass | InPlacePass", i: int, x: Tensor):
     if not 1 <= i <= depth.L:
         raise RuntimeError(f"DWA step {i} is out of range: the steps are 1..{depth.L}")
-    check_dtype(i, x)
+    check_tensor(i, x)
     if x.shape != depth.shape:
         raise RuntimeError(f"X_{i} has shape {tuple(x.shape)}, but X_0 has {tuple(depth.shape)}")
     if x.is_complex() != depth.is_complex:
@@ -504,12 +504,10 @@ class DenseFormer(nn.Module):
                     # The window slides: positions shift, and cached keys and values above the
                     # first block depend on a dropped token. Recompute the whole window.
                     logits, _ = self(idx[:, -self.config.block_size :])
-                elif n == 0:
-                    logits, _ = decode(idx)
                 else:
                     if n == 2 and idx.is_cuda:  # kernels are compiled at n = 1
                         decode = record(decode, idx[:, -1:])
-                    logits, _ = decode(idx[:, -1:])
+                    logits, _ = decode(idx if n == 0 else idx[:, -1:])
                 new = sample(logits[:, -1], *args, **kwargs)
             idx = torch.cat((idx, new), dim=1)
             yield new

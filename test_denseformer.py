@@ -204,26 +204,9 @@ def test_masks_that_have_names(pattern, reads):
 
 @pytest.mark.parametrize(
     "pattern",
-    [
-        "last0",
-        "last",
-        "10:0",
-        "4:5",
-        "0:0",
-        "4:",
-        "1x1+",
-        "+",
-        "4:0,",
-        "last4x5",
-        "0x1",
-        "1x0",
-        "",
-        "none+1x1",
-        "none+4x12",
-        "4x12",
-        "8x10+1x11",
-    ],  # the last two have no DWA in 9 blocks
-)
+    ["last0", "last", "10:0", "4:5", "0:0", "4:", "1x1+", "+", "4:0,", "last4x5", "0x1", "1x0", "",
+     "none+1x1", "none+4x12", "4x12", "8x10+1x11"],  # the last two have no DWA in 9 blocks
+)  # fmt: skip
 def test_patterns_that_are_refused(pattern):
     with pytest.raises(ValueError, match="dwa"):
         DWA(9, pattern)

@@ -141,9 +141,7 @@ def test_training_moves_alpha():
 )
 def test_a_copy_has_its_own_alpha(plain, twin):
     model = randomize(hooked(plain))
-    before = model(
-        IDX
-    ).logits  # with gradients, so that a pass left on the module could not be copied
+    before = model(IDX).logits  # with gradients: a pass left on the module could not be copied
     other = twin(model)
     assert other(IDX).logits.equal(before)
     with torch.no_grad():
@@ -170,10 +168,8 @@ def test_generation_with_a_cache(plain):
 
 def test_an_exception_leaves_no_pass(plain):
     model = randomize(hooked(plain))
-    before, mlp = (
-        model(IDX).logits,
-        [m for name, m in model.named_modules() if name.endswith("mlp")][5],
-    )
+    before = model(IDX).logits
+    mlp = [m for name, m in model.named_modules() if name.endswith("mlp")][5]
     hook = mlp.register_forward_pre_hook(lambda module, args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(IDX)
