@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model
-from config import UsageError, find_device, flag, parse_flags, run_cli
-from errors import UserError
+from lib.checkpoint import load_model
+from lib.device import find_device
+from lib.files import UserError
+from lib.flags import UsageError, flag, parse_flags, run_cli
 
 
 @dataclass

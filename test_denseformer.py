@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 import denseformer
-from analyze import dwa_pattern, sparsity
 from denseformer import DWA, DenseFormer, DenseFormerConfig, KVCache, dwa_rows
 from denseformer import sample as draw
+from lab.analyze import dwa_pattern, sparsity
 
 PATTERNS = ["none", "1x1", "2x1", "4x1", "4x5", "3x2", "1x5", "12x1"]
 

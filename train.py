@@ -34,14 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from checkpoint import Log, checkpoint_errors, load_checkpoint, load_weights, save_checkpoint
-from config import UsageError, find_device, find_dtype, flag, parse_flags, peak_flops, run_cli
 from data.dataset import eval_offsets, stack_windows, sum_losses
-from data.progress import say
 from denseformer import DenseFormer, DenseFormerConfig
-from errors import UserError
-from figures import plot_losses, text_heat_map
-from optim import MicroBatchLoss, configure_optimizers, set_lr
+from lib.checkpoint import Log, checkpoint_errors, load_checkpoint, load_weights, save_checkpoint
+from lib.device import find_device, find_dtype, peak_flops
+from lib.figures import plot_losses, text_heat_map
+from lib.files import UserError, say
+from lib.flags import UsageError, flag, parse_flags, run_cli
+from lib.optim import MicroBatchLoss, configure_optimizers, set_lr
 
 # set by torchrun in each process; without it there is a single process, of rank 0
 RANK = int(os.environ.get("RANK", 0))

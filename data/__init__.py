@@ -13,8 +13,7 @@ from collections.abc import Callable
 
 from data import openwebtext, pydoc_topics, shakespeare, textfile
 from data.dataset import Dataset
-from data.progress import say
-from errors import UserError
+from lib.files import UserError, say
 
 __all__ = ["DATASETS", "Dataset", "load"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.shards import ConcatTokens
 from data.tokenizer import Tokenizer, make_tokenizer
-from errors import UserError
+from lib.files import UserError
 
 VAL_FRACTION = 0.1  # the last tenth of a text is for validation
 SAMPLES, SAMPLE = 64, 1 << 20  # fingerprint() reads 64 samples of a million tokens from a split

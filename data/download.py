@@ -14,8 +14,8 @@ from pathlib import Path
 import filelock
 import requests
 
-from data.progress import make_once, progress_bar, say
-from errors import UserError
+from data.progress import make_once
+from lib.files import UserError, progress_bar, say
 
 CHUNK = 1 << 14  # bytes; a broken connection loses less than one chunk
 TIMEOUT = (5.0, 15.0)  # seconds to connect, and to wait for the next bytes

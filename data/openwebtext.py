@@ -16,9 +16,9 @@ import numpy as np
 
 from data import download, shards
 from data.dataset import Dataset
-from data.progress import make_once, progress_bar
+from data.progress import make_once
 from data.tokenizer import GPT2Tokenizer
-from errors import UserError
+from lib.files import UserError, progress_bar
 
 REPOSITORY = "datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c"
 SHARDS = 80

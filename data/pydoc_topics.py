@@ -1,7 +1,7 @@
 """Python's language reference: half a megabyte of English that comes with Python."""
 
 from data.dataset import Dataset, from_text
-from errors import UserError
+from lib.files import UserError
 
 
 def load(kind: str | None) -> Dataset:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import open_new
+from lib.files import open_new
 
 
 def write(path: Path, dtype: str, arrays: Iterable[np.ndarray]) -> None:

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from data import shards
 from data.dataset import Dataset, split
 from data.download import cache_dir
-from data.progress import make_once, progress_bar
+from data.progress import make_once
 from data.tokenizer import GPT2Tokenizer, Tokenizer, make_tokenizer
-from errors import UserError
+from lib.files import UserError, progress_bar
 
 LARGE = 100_000_000  # bytes; the tokens of a longer text are kept in a file, not in memory
 CHUNK = 1 << 20  # bytes to read at a time

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from data import download
-from errors import UserError
+from lib.files import UserError
 
 
 class Tokenizer(Protocol):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from config import run_cli
+from lib.flags import run_cli
 from tests.helpers import FAULTS, SMALL, flags, write_text
 
 # Models this small gain nothing from threads, which wait for each other on a busy machine. Scripts

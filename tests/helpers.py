@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import load_checkpoint
+from lib.checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent.parent
 SHARED = HERE.parent / "shared" / "data"  # real texts, where available

@@ -23,7 +23,7 @@ import data
 from data import dataset, download, openwebtext, shakespeare, shards, textfile
 from data import tokenizer as tokenizers
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_state, make_tokenizer
-from errors import UserError
+from lib.files import UserError
 from tests.helpers import SHARED
 
 MIXED = "Häßlich?\r\n\tJa — 𝄞!\x00"

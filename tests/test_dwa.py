@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import denseformer
-from bench import count_traffic, peak_memory
 from denseformer import DWA, DenseFormer
+from lab.bench import count_traffic, peak_memory
 from test_denseformer import (
     IDX,
     NEEDS_GPU,

@@ -24,15 +24,14 @@ from typing import get_args
 import pytest
 import torch
 
-import analyze
-import bench
-import config
 import sample
 import train
-from checkpoint import FORMAT, load_checkpoint
 from data.tokenizer import ByteTokenizer
 from denseformer import DenseFormer
-from errors import UserError
+from lab import analyze, bench
+from lib import flags as config
+from lib.checkpoint import FORMAT, load_checkpoint
+from lib.files import UserError
 from tests.helpers import (
     FAULTS,
     HERE,

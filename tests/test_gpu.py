@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import load_checkpoint
+from lib.checkpoint import load_checkpoint
 from tests.helpers import SMALL, flags, losses, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

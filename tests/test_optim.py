@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from denseformer import DWA, DenseFormer
-from optim import Muon, configure_optimizers, orthogonalize, set_lr
+from lib.optim import Muon, configure_optimizers, orthogonalize, set_lr
 from test_denseformer import tiny
 
 

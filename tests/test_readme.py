@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-import analyze
-import bench
 import denseformer
 import sample
 import train
+from lab import analyze, bench
 from tests.helpers import HERE, torchrun
 
 README = (HERE / "README.md").read_text()

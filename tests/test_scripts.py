@@ -19,17 +19,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import analyze
-import bench
 import data
 import sample
 import train
-from checkpoint import load_checkpoint
-from config import parse_flags
 from data.tokenizer import ByteTokenizer, CharTokenizer
 from denseformer import DWA, DenseFormer, DenseFormerConfig, rotary_angles
-from errors import UserError
-from figures import text_heat_map
+from lab import analyze, bench
+from lib.checkpoint import load_checkpoint
+from lib.figures import text_heat_map
+from lib.files import UserError
+from lib.flags import parse_flags
 from tests.helpers import (
     SHARED,
     SMALL,
@@ -597,7 +596,7 @@ def test_the_bench_runs_whole(tmp_path, capsys, monkeypatch):
 
 def test_the_comparison_runs_whole_and_resumes(text, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from results import run
+    from lab import compare as run
 
     calls = []
 

@@ -1,8 +1,8 @@
 """Show what the alphas of a trained DenseFormer learned: print tables, plot into the run's folder.
 
-python analyze.py                             the run in out/
-python analyze.py --plain out-plain           compare with a plain Transformer on the same data
-python analyze.py --prune 0.8                 drop the smallest 80% of the alphas: out/pruned.pt
+python -m lab.analyze                             the run in out/
+python -m lab.analyze --plain out-plain           compare with a plain Transformer on the same data
+python -m lab.analyze --prune 0.8                 drop the smallest 80% of the alphas: out/pruned.pt
 python train.py --init_from out/pruned.pt --learning_rate 1.5e-3 --out_dir out-pruned
                                           and continue without them, at a tenth of the rate
 
@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from checkpoint import checkpoint_errors, load_model, save_checkpoint
-from config import UsageError, find_device, flag, parse_flags, run_cli
 from data.dataset import eval_offsets, stack_windows, sum_losses
 from denseformer import DWA
-from errors import UserError
-from figures import new_figure, text_heat_map
+from lib.checkpoint import checkpoint_errors, load_model, save_checkpoint
+from lib.device import find_device
+from lib.figures import new_figure, text_heat_map
+from lib.files import UserError
+from lib.flags import UsageError, flag, parse_flags, run_cli
 
 BATCH_SIZE = 8
 

@@ -1,9 +1,9 @@
 """Measure what depth-weighted averaging costs on this machine.
 
-python bench.py                          a deep model, with each kind of DWA and without any
-python bench.py --dwa_only               DWA alone, between blocks that do nothing; takes seconds
-python bench.py --n_layer 6 --rounds 9   another shape; --help lists the flags
-python bench.py --json results/b.json    also write the numbers to a file
+python -m lab.bench                          a deep model, with each kind of DWA and without any
+python -m lab.bench --dwa_only               DWA alone, between blocks that do nothing; takes seconds
+python -m lab.bench --n_layer 6 --rounds 9   another shape; --help lists the flags
+python -m lab.bench --json lab/b.json    also write the numbers to a file
 
 All variants share one set of weights and take turns in each round. Times are medians over the
 rounds. Ratios are medians of the ratios to the plain Transformer in the same round, so a temporary
@@ -29,9 +29,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from config import UsageError, describe_machine, find_device, flag, parse_flags, run_cli
 from denseformer import DWA, DenseFormer, DenseFormerConfig
-from optim import MicroBatchLoss
+from lib.device import describe_machine, find_device
+from lib.flags import UsageError, flag, parse_flags, run_cli
+from lib.optim import MicroBatchLoss
 
 COMPILE_MODEL_HELP = """also train the whole model under torch.compile, plain and with the formula;
  compiling 48 blocks takes minutes"""
@@ -357,7 +358,7 @@ def main(argv=None):
     # Freeing a 31 MiB block raises glibc's mmap threshold, so that later large blocks are reused.
     torch.empty(31 << 20, dtype=torch.uint8)
     print(
-        f"python bench.py {' '.join(argv or sys.argv[1:])}\n{report['machine']}\n"
+        f"python -m lab.bench {' '.join(argv or sys.argv[1:])}\n{report['machine']}\n"
         f"{config.n_layer} blocks, activations of ({config.batch_size}, {config.block_size}, "
         f"{config.n_embd}) in {config.dtype}, {config.rounds} rounds\n"
     )

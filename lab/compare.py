@@ -1,8 +1,8 @@
 """Compare DenseFormers with the plain Transformer, as the paper's tables do, with smaller models.
 
-python results/run.py --train=--max_iters=1000       Tiny Shakespeare, 24 blocks of 48 channels
-python results/run.py --name books --dataset FOLDER --train=--tokenizer=byte
-python results/run.py --name gpu --dataset FOLDER --jobs 1 \\
+python -m lab.compare --train=--max_iters=1000       Tiny Shakespeare, 24 blocks of 48 channels
+python -m lab.compare --name books --dataset FOLDER --train=--tokenizer=byte
+python -m lab.compare --name gpu --dataset FOLDER --jobs 1 \\
     --variants "plain,1x1,4x5,plain deeper" \\
     --train="--preset=gpu --n_layer=48 --n_embd=768 --n_head=12 --dtype=bfloat16 --compile=True"
 
@@ -12,7 +12,7 @@ so their losses are compared seed by seed. Losses are measured on the whole vali
 end of training.
 
 Finished runs are kept in OUT_DIR/NAME, so the script can be stopped and restarted. It writes
-results/NAME.md, NAME.png, and NAME.json with the loss of every run.
+lab/NAME.md, NAME.png, and NAME.json with the loss of every run.
 """
 
 import ast
@@ -33,19 +33,18 @@ from tqdm import tqdm
 
 RESULTS = Path(__file__).parent
 ROOT = RESULTS.parent
-sys.path.insert(0, str(ROOT))
-
-from analyze import sparsity  # noqa: E402
-from checkpoint import load_checkpoint  # noqa: E402
-from config import UsageError, describe_machine, find_device, flag, parse_flags, run_cli  # noqa: E402
-from denseformer import DWA, DenseFormer, DenseFormerConfig  # noqa: E402
-from errors import UserError  # noqa: E402
-from figures import new_figure  # noqa: E402
+from denseformer import DWA, DenseFormer, DenseFormerConfig
+from lab.analyze import sparsity
+from lib.checkpoint import load_checkpoint
+from lib.device import describe_machine, find_device
+from lib.figures import new_figure
+from lib.files import UserError
+from lib.flags import UsageError, flag, parse_flags, run_cli
 
 
 @dataclass
 class RunConfig:
-    name: str = flag("shakespeare", "name of the files in results/")
+    name: str = flag("shakespeare", "name of the files in lab/")
     dataset: str = flag("shakespeare", "as in train.py", path=True)
     variants: str = flag("all", "comma-separated names in VARIANTS, in this file")
     seeds: str = flag("1,2,3,4", "comma-separated random seeds")
@@ -166,7 +165,7 @@ def words_of(flags):
 
 
 def key(flags):
-    """Return the name of a run in done.json and results/NAME.json."""
+    """Return the name of a run in done.json and lab/NAME.json."""
     return " ".join(words_of(flags))
 
 
@@ -249,9 +248,9 @@ def main(argv=None):
 
 
 def report(losses, models, tried, runs, argv):
-    """Write results/NAME.md, NAME.json and NAME.png, and print NAME.md."""
+    """Write lab/NAME.md, NAME.json and NAME.png, and print NAME.md."""
     text = [
-        f"Made by `python results/run.py {shlex.join(argv)}`",
+        f"Made by `python -m lab.compare {shlex.join(argv)}`",
         f"on {describe_machine(find_device('auto'))}.\n",
         "| model | blocks | parameters | alphas | sparsity | validation loss | minus plain |",
         "|---|---|---|---|---|---|---|",

@@ -11,7 +11,7 @@ import torch
 
 from data.tokenizer import Tokenizer, from_state
 from denseformer import DenseFormer, DenseFormerConfig
-from errors import UserError, open_new
+from lib.files import UserError, open_new
 
 FORMAT = "denseformer-2"
 

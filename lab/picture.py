@@ -1,6 +1,6 @@
-"""Draw how DWA connects 4 blocks, and two sparse variants: python results/picture.py
+"""Draw how DWA connects 4 blocks, and two sparse variants: python -m lab.picture
 
-Writes results/dwa.svg. In the large drawing, column j carries X_j, row i adds up Y_i, and the dot
+Writes lab/dwa.svg. In the large drawing, column j carries X_j, row i adds up Y_i, and the dot
 where they cross is alpha[i, j].
 """
 
