@@ -122,11 +122,16 @@ class DWA(nn.Module):
     def forward(self, x: Tensor) -> "Formula | InPlace":
         """Begin a forward pass with X_0; its step(i, x) takes X_i and returns Y_i."""
         full = self.num_params() == self.n_layer * (self.n_layer + 3) // 2
-        # torch.compile, tensor subclasses and complex numbers cannot do without the formula
-        plain = type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
-        if self.impl == "inplace" and full and plain and not torch.compiler.is_compiling():
+        if self.impl == "inplace" and full and is_plain(x):
             return InPlace(self.alpha, Buffer(self.alpha, x), x)
         return Formula(self.alpha, self.rows, x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether steps can write x to a buffer: not under torch.compile, as a subclass of
+    Tensor or as complex numbers, all of which the formula serves."""
+    plain = type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
+    return plain and not torch.compiler.is_compiling()
 
 
 def check_step(i: int, x: Tensor, expected: int | None, shape: torch.Size, L: int):
@@ -549,7 +554,7 @@ class InPlace:
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
         buffer = self.buffer
-        check_step(i, x, buffer.next, buffer.shape, len(buffer.alpha) - 1)
+        check_step(i, x, buffer.next, buffer.shape, len(buffer.dalpha) - 1)
         if not (torch.is_grad_enabled() or x.requires_grad):
             return buffer.forward(i, x)
         with torch.enable_grad():  # under no_grad too: a later Y passes a gradient to X_i
