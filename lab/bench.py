@@ -1,88 +1,90 @@
-"""Measure what depth-weighted averaging costs on this machine.
+"""Measure what depth-weighted averages cost on this machine.
 
-python -m lab.bench                          a deep model, with each kind of DWA and without any
-python -m lab.bench --dwa_only               DWA alone, between blocks that do nothing; takes seconds
-python -m lab.bench --n_layer 6 --rounds 9   another shape; --help lists the flags
-python -m lab.bench --json lab/b.json    also write the numbers to a file
+python -m lab.bench                                            the model of python train.py
+python -m lab.bench --n_layer 48 --n_head 6 --n_embd 384 --batch_size 4 --block_size 256
+python -m lab.bench --rows "learned positions, plain, 1x1"     other rows
+python -m lab.bench --rows "plain, 1x1, hyper-connections, attn-res"
+python -m lab.bench --rows "gpt2, plain, 1x1"
 
-All variants share one set of weights and take turns in each round. Times are medians over the
-rounds. Ratios are medians of the ratios to the plain Transformer in the same round, so a temporary
-slowdown of the machine affects all variants alike. For shapes in GOALS, the last lines say which
-goals were met; the exit status is 1 if any was missed.
+A row is one of
+    plain                       the model without DWA
+    1x1, 4x5 ...                a DWA pattern, as train.py computes it; with a word behind it:
+    1x1 naive                   the formula, with autograd
+    1x1 inplace, 1x1 tiled      the DWA of denseformer.py, and of lib/tiled.py
+    1x1 tensordot               the vectorized formula of the authors' package
+    learned positions           plain without rotary positions: the operations of nanoGPT
+    gpt2                        GPT-2 of the package transformers; decoding only
+    skip-gains ...              a model of lab/variants.py
+
+All rows take turns in each round. Times are medians over the rounds, ± half the interquartile
+range. Ratios are medians of the ratios to the first row in the same round, so a temporary slowdown
+of the machine affects all rows alike. A training step is one of AdamW. Decoding is of the last
+quarter of the context, after a prompt of the rest. "DWA alone" is forward and backward between
+blocks that do nothing, and "moved" how many activations it reads and writes on a CPU. Memory is the
+peak of a training step.
 """
 
 import copy
 import json
 import math
 import os
-import re
+import shlex
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
+from torch.utils._pytree import tree_leaves
 
 from denseformer import DWA, DenseFormer, DenseFormerConfig
+from lab.variants import MODELS
 from lib.device import describe_machine, find_device
-from lib.flags import UsageError, flag, parse_flags, run_cli
-from lib.optim import MicroBatchLoss
+from lib.files import UserError, open_new, progress_bar
+from lib.flags import UsageError, flag, parse_flags, path, run_cli
+from lib.graphs import MicroBatchLoss, record, record_decoding
+from lib.tiled import make_dwa
 
-COMPILE_MODEL_HELP = """also train the whole model under torch.compile, plain and with the formula;
- compiling 48 blocks takes minutes"""
+Results = dict[str, dict[str, list[float]]]  # {column: {row: values}}
+
+ROWS = "plain, 1x1 naive, 1x1 inplace, 1x1 tiled, 1x1 tensordot"
+COMPILE_HELP = "compile blocks and loss; on a GPU, also record CUDA graphs"
+MODEL_HELP = "add rows for the whole model under torch.compile: plain and 1x1 naive"
 
 
 @dataclass
 class BenchConfig:
-    patterns: str = flag("1x1,4x1,4x5", "DWA patterns to compare with the plain model")
-    n_layer: int = flag(48, "blocks", low=1)
-    n_embd: int = flag(384, "channels, a multiple of 64; 64 per head", low=64)
-    batch_size: int = flag(4, "sequences per batch", low=1)
-    block_size: int = flag(256, "tokens per sequence", low=64)
-    vocab_size: int = flag(256, "vocabulary size", low=1)
+    rows: str = flag(ROWS, "rows, separated by commas; the first is the base of the ratios")
+    n_layer: int = flag(8, "blocks", low=1)
+    n_head: int = flag(2, "attention heads per block", low=1)
+    n_embd: int = flag(80, "channels", low=1)
+    batch_size: int = flag(12, "sequences per batch", low=1)
+    block_size: int = flag(128, "tokens per sequence", low=4)
+    vocab_size: int = flag(65, "vocabulary size", low=1)
     dtype: str = flag("float32", "dtype of activations", choices=("float32", "bfloat16"))
-    compile: bool = flag(False, "compile blocks and loss; on a GPU, also record CUDA graphs")
-    compile_model: bool = flag(False, COMPILE_MODEL_HELP)
+    compile: bool = flag(False, COMPILE_HELP)
+    compile_model: bool = flag(False, MODEL_HELP)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
-    rounds: int = flag(5, "measurements of each variant", low=1)
-    dwa_only: bool = flag(False, "measure DWA alone, without the model")
-    decode: bool = flag(True, "also measure token-by-token generation")
-    json: str | None = flag(None, "file to write the numbers to", path=True)
-
-
-# Defaults on a GPU: the paper's model.
-GPU = {"n_embd": 768, "batch_size": 64, "vocab_size": 50304, "dtype": "bfloat16", "compile": True}
-
-# Goals by device, depth and width: the largest ratio to the plain Transformer, or the smallest
-# speed-up of the in-place 1x1 over a baseline.
-GOALS = {
-    ("cpu", 48, 384): {
-        "1x1 train": 1.03, "4x5 train": 1.01, "1x1 forward": 1.05, "tensordot": 8.0, "naive": 2.5,
-    },
-    ("cpu", 6, 384): {"1x1 decode": 1.05, "recompute": 5.0},
-    ("cuda", 48, 768): {
-        "1x1 train": 1.08, "4x5 train": 1.02, "1x1 forward": 1.12, "4x5 forward": 1.02,
-        "compiled": 1.0,
-    },
-}  # fmt: skip
+    rounds: int = flag(15, "measurements of each row", low=1)
+    json: str | None = flag(None, "file to write all times to", read=path)
 
 
 # -----------------------------------------------------------------------------
-# The baseline
+# The rows
 
 
 class TensordotDWA(DWA):
-    """The obvious vectorized DWA, as in the authors' package.
-
-    Keeps the outputs in a preallocated stack, computes Y_i as a tensordot of alpha with a slice of
-    it, and leaves the gradients to autograd.
-    """
+    """The vectorized DWA of the authors' package: the outputs are kept in a stack, Y_i is a
+    tensordot of alpha with a slice of it, and autograd computes the gradients."""
 
     def forward(self, x):
         return TensordotPass(self.alpha.to(x.dtype), x)
@@ -90,12 +92,12 @@ class TensordotDWA(DWA):
 
 class TensordotPass:
     def __init__(self, alpha, x):
-        self.alpha, self.X = alpha, x.new_empty(len(alpha) + 1, *x.shape)
+        self.alpha, self.X = alpha, x.new_empty(len(alpha), *x.shape)
         self.seen = Append.apply(None, x, self.X, 0)
 
     def step(self, i, x):
         self.seen = Append.apply(self.seen, x, self.X, i)
-        return torch.tensordot(self.alpha[i - 1, : i + 1], self.seen, dims=1)
+        return torch.tensordot(self.alpha[i, : i + 1], self.seen, dims=1)
 
 
 class Append(torch.autograd.Function):
@@ -111,63 +113,91 @@ class Append(torch.autograd.Function):
         return G[:-1] if len(G) > 1 else None, G[-1], None, None
 
 
-def replace(model, **modules):
-    """Return a model that shares all modules of this one but these."""
-    twin = copy.copy(model)
-    twin._modules = model._modules | modules
-    return twin
+class LearnedPositions(DenseFormer):
+    """The operations of nanoGPT; for training only."""
+
+    def __init__(self, config: DenseFormerConfig):
+        super().__init__(config)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop.register_forward_pre_hook(lambda module, args: (args[0] + self.wpe.weight,))
+        for block in self.blocks:
+            block.attn.forward = partial(attention, block.attn)  # type: ignore[union-attr]
 
 
-BASELINES = ("1x1 naive", "1x1 tensordot")
-COMPILED = ("plain", "1x1 naive")  # the rows of which --compile_model compiles the whole model
+def attention(self: Any, x: Tensor, *args) -> Tensor:
+    """CausalSelfAttention.forward without rotary positions, as in nanoGPT."""
+    B, T, C = x.shape
+    q, k, v = self.c_attn(x).split(C, dim=2)
+    q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C))
 
 
-def make_dwas(config, device):
-    """Return {row of the table: DWA}, "plain" first."""
+def make_gpt2(c: BenchConfig) -> Any:
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise UserError("the row gpt2 needs: pip install transformers") from None
+    config: Any = GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
+        n_embd=c.n_embd, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
 
-    def make(pattern, impl="inplace", kind=DWA):
-        dwa = kind(config.n_layer, pattern, impl)
-        with torch.no_grad():
-            dwa.alpha += dwa.mask * 0.01 * torch.randn(dwa.alpha.shape)
-        return dwa.to(device)
 
-    dwas = {"plain": make("none")}
-    # a comma inside a row, as in 8:0,4,8, does not separate patterns
-    patterns = re.split(r",(?!\d+(?![\dx:]))", config.patterns.replace(" ", ""))
-    dwas |= {pattern: make(pattern) for pattern in patterns}
-    return dwas | {
-        "1x1 naive": make("1x1", "naive"),
-        "1x1 tensordot": make("1x1", "naive", TensordotDWA),
-    }
+def make_model(row: str, c: BenchConfig, device: torch.device) -> Any:
+    """Return the model of a row, with alphas off their initial values.
+
+    Raises UsageError, which names the row, if there is no such model.
+    """
+    if row == "gpt2":
+        return make_gpt2(c).to(device).eval()
+    name, _, impl = row.partition(" ")
+    classes = MODELS | {"learned positions": LearnedPositions}
+    pattern = "none" if name == "plain" or row in classes else name
+    if row not in classes and impl not in ("", "naive", "inplace", "tiled", "tensordot"):
+        raise UsageError(f"there is no row {row!r}; --help lists them")
+    try:
+        config = DenseFormerConfig(
+            c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, dwa=pattern
+        )
+    except ValueError as error:
+        raise UsageError(f"row {row!r}: {error}") from None
+    model = classes.get(row, DenseFormer)(config)
+    if impl == "tensordot":
+        model.dwa = TensordotDWA(c.n_layer, pattern)
+    elif pattern != "none":
+        model.dwa = make_dwa(model.dwa, impl or "auto", device)
+    for i, js in enumerate(model.dwa.rows):
+        model.dwa.alpha.data[i, js] += 0.01 * torch.randn(len(js), device=model.dwa.alpha.device)
+    model.to(device).eval()
+    if c.compile:
+        model.compile()
+    return model
 
 
 # -----------------------------------------------------------------------------
 # Measuring
 
 
-def clock(function, device):
-    """Return the seconds that function() takes."""
+def measure(column: str, tasks: dict[str, Callable], rounds: int, device: torch.device) -> dict:
+    """Return {row: milliseconds in each round} for the functions in {row: function}."""
     wait = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
-    wait()
-    begin = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - begin
+    times: dict[str, list[float]] = {row: [] for row in tasks}
+    with progress_bar(column, rounds + 1, "round") as bar:
+        for n in range(rounds + 1):
+            # Alternate the order, so that no task always follows the same one.
+            for row in list(tasks)[:: -1 if n % 2 else 1]:
+                wait()
+                begin = time.perf_counter()
+                tasks[row]()
+                wait()
+                times[row].append(1000 * (time.perf_counter() - begin))
+            bar.update()
+    return {row: t[1:] for row, t in times.items()}  # the first round warms up
 
 
-def measure(tasks, rounds, device, title):
-    """Time each function in {name: function}; return {name: [seconds in each round]}."""
-    for function in tasks.values():
-        function()  # warm up
-    times = {name: [] for name in tasks}
-    for round in tqdm(range(rounds), title, leave=False, disable=None):
-        # Alternate the order, so that no task always follows the same one.
-        for name in list(tasks)[:: -1 if round % 2 else 1]:
-            times[name].append(clock(tasks[name], device))
-    return times
-
-
-def peak_memory(function, device):
+def peak_memory(function: Callable, device: torch.device) -> int:
     """Return the peak memory of function() in bytes, beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -186,93 +216,58 @@ def peak_memory(function, device):
 
 
 class Traffic(TorchDispatchMode):
-    """Count the operations on tensors of at least N elements, and the bytes they read and write."""
+    """Count the bytes that operations read and write, in tensors of at least N elements."""
 
-    def __init__(self, N):
+    def __init__(self, N: int):
         super().__init__()
-        self.N, self.bytes, self.operations = N, 0, 0
+        self.N, self.bytes = N, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
-        if not func.is_view and not name.startswith(
-            ("empty", "new_empty", "_unsafe_view", "resize")
-        ):
-            reads = [a for arg in args for a in (arg if isinstance(arg, list | tuple) else [arg])]
-            if name in ("copy_", "fill_", "zero_"):
-                reads = reads[1:]
-            moved = 0
-            for tensor in (*reads, *(out if isinstance(out, list | tuple) else [out])):
+        free = ("empty", "new_empty", "_unsafe_view", "resize")
+        if not func.is_view and not name.startswith(free):
+            reads = args[1:] if name in ("copy_", "fill_", "zero_", "new_zeros") else args
+            for tensor in tree_leaves((reads, out)):
                 if isinstance(tensor, Tensor):
                     # an expanded tensor is stored once
                     shape = zip(tensor.shape, tensor.stride(), strict=True)
                     numbers = math.prod(size for size, stride in shape if stride)
-                    moved += numbers * tensor.itemsize if numbers >= self.N else 0
-            self.bytes += moved
-            self.operations += moved > 0
+                    self.bytes += numbers * tensor.itemsize if numbers >= self.N else 0
         return out
 
 
-def count_traffic(dwa, dtype):
-    """Return how many activations a DWA moves on a CPU, and in how many operations, each as
-    (forward, backward), counted with a small activation of `dtype`."""
-    x = torch.randn(1, 64, 256).to(dtype).requires_grad_()
-    cpu = type(dwa)(dwa.n_layer, dwa.pattern, dwa.impl)
-    with Traffic(x.numel()) as forward:
-        y = dwa_forward(cpu, x)
-    with Traffic(x.numel()) as backward:
-        y.backward(x.detach())
-    both = (forward, backward)
-    return [t.bytes / x.nbytes for t in both], [t.operations for t in both]
-
-
-def dwa_forward(dwa, x):
-    """Run the DWA alone: every block is the identity."""
+def run_dwa(dwa: DWA, x: Tensor):
+    """Run the forward and backward passes of a DWA between blocks that do nothing."""
     depth, y = dwa(x), x
     for i in range(1, dwa.n_layer + 1):
         y = depth.step(i, y)
-    return y
-
-
-def dwa_pass(dwa, x):
-    """Run the forward and backward passes of the DWA alone."""
-    dwa_forward(dwa, x).backward(x.detach())
+    y.backward(x.detach())
     x.grad = dwa.alpha.grad = None
 
 
-def bandwidth(device):
-    """Return the bytes per second that a copy reads and writes."""
-    source = torch.ones(1 << (30 if device.type == "cuda" else 26), device=device)
-    target = torch.empty_like(source)
-    times = measure({"copy": lambda: target.copy_(source)}, 9, device, "copy")
-    return 2 * source.nbytes / min(times["copy"])
+def count_moved(dwa: DWA) -> float:
+    """Return how many activations a DWA reads and writes on a CPU, forward and backward."""
+    x = torch.randn(1, 64, 256, requires_grad=True)
+    with Traffic(x.numel()) as traffic:
+        run_dwa(copy.deepcopy(dwa).cpu(), x)
+    return traffic.bytes / x.nbytes
 
 
-def matmul_peak(device, dtype):
-    """Return the FLOPs per second of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    times = measure({"matmul": lambda: a @ b}, 9, device, "matrix product")
-    return 2 * n**3 / min(times["matmul"])
-
-
-# -----------------------------------------------------------------------------
-# The whole model
-
-
-def make_tasks(model, uncompiled, dwas, config, device, numbers):
-    """Return {column: {row: function}} for the columns train, forward, decode and recompute, and
-    the number of tokens that each of the last two decodes, {column: number}."""
-    dtype = getattr(torch, config.dtype)
+def bench(c: BenchConfig, device: torch.device) -> Results:
+    """Return all columns. A time has a number for each round, the others have one."""
+    models = {row.strip(): make_model(row.strip(), c, device) for row in c.rows.split(",")}
+    for row in ("plain", "1x1 naive") if c.compile_model else ():
+        model = make_model(row, replace(c, compile=False), device)
+        models[f"{row} compiled"] = torch.compile(model)
+    dtype = getattr(torch, c.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    shape = (config.batch_size, config.block_size)
-    idx, targets = torch.randint(config.vocab_size, (2, *shape), device=device)
-    parameters = [*model.parameters(), *(dwa.alpha for dwa in dwas.values())]
-    optimizer = torch.optim.AdamW(parameters, 1e-9, fused=True)
-    new = config.block_size // 4  # decode the last quarter of the context
+    idx, targets = torch.randint(c.vocab_size, (2, c.batch_size, c.block_size), device=device)
+    x = torch.randn(*idx.shape, c.n_embd, device=device, dtype=dtype, requires_grad=True)
+    new = c.block_size // 4  # decode the last quarter of the context
 
-    def train(micro_batch_loss):
-        micro_batch_loss(idx, targets).backward()
+    def train(loss, optimizer):
+        loss(idx, targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -281,206 +276,83 @@ def make_tasks(model, uncompiled, dwas, config, device, numbers):
         with autocast:
             model(idx)
 
-    def eager():  # the shape changes with every token, so compiling would not pay off
-        return torch.compiler.set_stance("force_eager")
+    def decode(generate, **options):
+        # the length changes with every token, so compiling would not pay off
+        with autocast, torch.compiler.set_stance("force_eager"):
+            generate(idx[:1, :-new], max_new_tokens=new, **options)
 
-    def decode(model):
-        with autocast, eager():
-            model.generate(idx[:1, :-new], new, temperature=0)
-
-    @torch.no_grad()
-    def recompute(model, tokens=8):
-        with autocast, eager():
-            for t in range(tokens):
-                model(idx[:1, : config.block_size - tokens + t])
-
-    models = {row: replace(model, dwa=dwa) for row, dwa in dwas.items()}
-    tasks = {"train": {}, "forward": {row: partial(forward, m) for row, m in models.items()}}
-    if config.decode:  # but not with the baselines, which are for training only
-        decoders = {row: m for row, m in models.items() if row not in BASELINES}
-        tasks["decode"] = {row: partial(decode, m) for row, m in decoders.items()}
-        if "1x1" in models:
-            tasks["recompute"] = {"1x1": partial(recompute, models["1x1"])}
-    for row in COMPILED if config.compile_model else ():
-        models[f"{row}, compiled"] = torch.compile(replace(uncompiled, dwa=dwas[row]))
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    for row, m in models.items():
-        loss = MicroBatchLoss(m, autocast)
-        numbers[f"first step {row}"] = clock(partial(train, loss), device)
-        numbers[f"memory train {row}"] = peak_memory(partial(train, loss), device)
-        tasks["train"][row] = partial(train, loss)
-    if config.compile and device.type == "cuda":
-        for row, m in models.items():
-            loss = MicroBatchLoss(m, autocast).record(shape, device, pool)
-            tasks["train"][row] = partial(train, loss)
-    return tasks, {"decode": new, "recompute": 8}
+    names = ("training step, ms", "forward, ms", f"decoding {new} tokens, ms", "DWA alone, ms")
+    tasks: dict[str, dict[str, Callable]] = {name: {} for name in names}
+    training, forwards, decoding, alone = tasks.values()
+    moved, memory = {}, {}
+    for row, model in models.items():
+        if row == "gpt2":
+            decoding[row] = partial(decode, model.generate, do_sample=False)
+            continue
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-9, fused=True)
+        loss: Callable = MicroBatchLoss(model, autocast)
+        train(loss, optimizer)  # creates the optimizer's state
+        memory[row] = [peak_memory(partial(train, loss, optimizer), device) / 1e6]
+        if c.compile and device.type == "cuda" and "compiled" not in row:
+            loss = record(loss, idx, targets)
+        training[row] = partial(train, loss, optimizer)
+        if "compiled" in row:
+            continue  # of a whole model, compile no more than its training step
+        forwards[row] = partial(forward, model)
+        if row != "learned positions":
+            if device.type == "cuda":
+                record_decoding(model)
+            decoding[row] = partial(decode, model.generate, temperature=0)
+        if model.dwa.num_params():
+            alone[row] = partial(run_dwa, model.dwa, x)
+            moved[row] = [count_moved(model.dwa)]
+    results = {
+        column: measure(column, of_row, c.rounds, device) for column, of_row in tasks.items()
+    }
+    return results | {"activations moved": moved, "memory of a training step, MB": memory}
 
 
 # -----------------------------------------------------------------------------
-# Reports
+# The table
 
 
-def ratio(times, row, base="plain"):
-    return statistics.median(a / b for a, b in zip(times[row], times[base], strict=True))
+def cell(values: list[float], base: list[float]) -> str:
+    """Return "median ± half the interquartile range | ratio to the first row"."""
+    middle, spread = statistics.median(values), ""
+    if len(values) >= 4:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        spread = f" ± {(high - low) / 2:.2g}"
+    ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
+    return f"{middle:{'.3g' if middle < 1000 else ',.0f'}}{spread} | {ratio:.3f}"
 
 
-def cell(times, row):
-    """Return "median time ± half the interquartile range | ratio to plain", in ms."""
-    ms = [1000 * t for t in times[row]]
-    low, _, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
-    return f"{statistics.median(ms):.1f} ± {(high - low) / 2:.1f} | {ratio(times, row):.3f}"
+def table(results: Results) -> str:
+    """Return the columns that have an entry, in markdown."""
+    results = {column: of_row for column, of_row in results.items() if of_row}
+    head, lines = "| |", {row: f"| {row} |" for of_row in results.values() for row in of_row}
+    for column, of_row in results.items():
+        base = next(iter(of_row))
+        head += f" {column} | x {base} |"
+        for row in lines:
+            lines[row] += f" {cell(of_row[row], of_row[base]) if row in of_row else '|'} |"
+    return "\n".join([head, "|---" * (1 + 2 * len(results)) + "|", *lines.values()])
 
 
 def main(argv=None):
-    gpu = " ".join(f"--{name}={value}" for name, value in GPU.items())
-    epilog = f"On a GPU the defaults are the paper's model: {gpu}"
-    overrides = parse_flags(BenchConfig, argv, __doc__, epilog)
-    device = find_device(overrides.get("device", BenchConfig.device))
-    config = BenchConfig(**((GPU if device.type == "cuda" else {}) | overrides))
-    if config.n_embd % 64:
-        raise UsageError(f"--n_embd must be a multiple of 64, not {config.n_embd}")
-    if config.compile_model:  # measure the seconds of a first compilation
-        os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    config = BenchConfig(**parse_flags(BenchConfig, argv, __doc__))
+    device = find_device(config.device)
     torch.manual_seed(0)
-    try:
-        dwas = make_dwas(config, device)
-    except ValueError as error:
-        raise UsageError(f"--patterns: {error}") from None
     torch.set_float32_matmul_precision("high")
-    dtype = getattr(torch, config.dtype)
-    report = {
-        "machine": describe_machine(device),
-        "config": asdict(config),
-        "times": {},
-        "numbers": {},
-    }
-    numbers = report["numbers"]
     # Freeing a 31 MiB block raises glibc's mmap threshold, so that later large blocks are reused.
     torch.empty(31 << 20, dtype=torch.uint8)
-    print(
-        f"python -m lab.bench {' '.join(argv or sys.argv[1:])}\n{report['machine']}\n"
-        f"{config.n_layer} blocks, activations of ({config.batch_size}, {config.block_size}, "
-        f"{config.n_embd}) in {config.dtype}, {config.rounds} rounds\n"
-    )
-
-    # DWA alone
-    x = torch.randn(config.batch_size, config.block_size, config.n_embd, device=device)
-    x = x.to(dtype).requires_grad_()
-    tasks = {row: partial(dwa_pass, dwa, x) for row, dwa in dwas.items() if row != "plain"}
-    times = report["times"]["dwa"] = measure(tasks, config.rounds, device, "DWA alone")
-    copy = numbers["copy_bandwidth"] = bandwidth(device)
-    print(
-        "| DWA alone | forward + backward, ms | x naive | activations moved, on a CPU "
-        "| operations per block, forward + backward |\n"
-        "|---|---|---|---|---|"
-    )
-    for row in tasks:
-        moved, operations = count_traffic(dwas[row], dtype)
-        numbers[f"moved {row}"], numbers[f"operations {row}"] = moved, operations
-        milliseconds = 1000 * statistics.median(times[row])
-        against = ratio(times, row, "1x1 naive")
-        forward, backward = (n / config.n_layer for n in operations)
-        print(
-            f"| {row} | {milliseconds:.1f} | {against:.3f} | {sum(moved):,.0f} "
-            f"| {forward:.1f} + {backward:.1f} |"
-        )
-    print(
-        f"a copy of an activation takes {2000 * x.nbytes / copy:.2f} ms, "
-        f"at {copy / 1e9:,.0f} GB/s\n"
-    )
-    reached = {}
-    if "1x1" in dwas:
-        for other in ("naive", "tensordot"):
-            reached[other] = ratio(times, f"1x1 {other}", "1x1")
-
-    if not config.dwa_only:
-        reached |= bench_model(config, device, dwas, report)
-    missed = print_goals(GOALS.get((device.type, config.n_layer, config.n_embd), {}), reached)
-    if config.json:
-        report["reached"] = reached
-        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
-    return int(missed > 0)
-
-
-def bench_model(config, device, dwas, report):
-    """Print the table of the whole model; return {name in GOALS: value}."""
-    times, numbers, reached = report["times"], report["numbers"], {}
-    names = ("vocab_size", "block_size", "n_layer", "n_embd")
-    shape = {name: getattr(config, name) for name in names} | {"n_head": config.n_embd // 64}
-    model = DenseFormer(DenseFormerConfig(**shape, dwa="none")).to(device)
-    blocks = torch.nn.ModuleList(copy.copy(block) for block in model.blocks)
-    uncompiled = replace(model, blocks=blocks, loss=copy.copy(model.loss))
-    if config.compile:
-        model.compile()
-    tasks, tokens = make_tasks(model, uncompiled, dwas, config, device, numbers)
-    for column in tasks:
-        times[column] = measure(tasks[column], config.rounds, device, column)
-    for row, task in tasks["forward"].items():
-        numbers[f"memory forward {row}"] = peak_memory(task, device)
-
-    print(
-        "| whole model | training step, ms | x plain | forward, ms | x plain | decoding, tokens/s "
-        "| time, x plain | memory of a step, MB | over plain, activations | of a forward, MB |\n"
-        "|---|---|---|---|---|---|---|---|---|---|"
-    )
-    activation = config.batch_size * config.block_size * config.n_embd
-    activation *= getattr(torch, config.dtype).itemsize
-    for row in times["train"]:
-        decode = forward = "| "
-        if row in times.get("decode", {}):
-            speed = tokens["decode"] / statistics.median(times["decode"][row])
-            decode = f"{speed:.1f} | {ratio(times['decode'], row):.3f}"
-        memory = numbers[f"memory train {row}"]
-        more = (memory - numbers["memory train plain"]) / activation
-        last = ""
-        if row in times["forward"]:  # not measured under torch.compile
-            forward = cell(times["forward"], row)
-            last = f"{numbers[f'memory forward {row}'] / 1e6:,.0f}"
-        print(
-            f"| {row} | {cell(times['train'], row)} | {forward} | {decode} "
-            f"| {memory / 1e6:,.0f} | {more:.1f} | {last} |"
-        )
-        for column in ("train", "forward", "decode"):
-            if row in times.get(column, {}):
-                reached[f"{row} {column}"] = ratio(times[column], row)
-
-    flops = model.flops_per_token() * config.batch_size * config.block_size
-    flops /= statistics.median(times["train"]["plain"])
-    peak = numbers["matmul_peak"] = matmul_peak(device, getattr(torch, config.dtype))
-    numbers["model_flops"] = flops
-    print(
-        f"plain training: {flops / 1e12:.2f} TFLOP/s, {flops / peak:.0%} of the "
-        f"{peak / 1e12:.2f} TFLOP/s of a large matrix product"
-    )
-    if config.compile_model:
-        for row in COMPILED:
-            seconds = numbers[f"first step {row}, compiled"]
-            print(f"torch.compile of the whole model, {row}: {seconds:.0f} s for a training step")
-        if "1x1" in dwas:
-            reached["compiled"] = ratio(times["train"], "1x1 naive, compiled", "1x1")
-    if "recompute" in times:
-        each = statistics.median(times["recompute"]["1x1"]) / tokens["recompute"]
-        reached["recompute"] = each / statistics.median(times["decode"]["1x1"]) * tokens["decode"]
-        print(
-            f"decoding without a cache: {1 / each:.1f} tokens/s with 1x1; the cache makes it "
-            f"{reached['recompute']:.1f} times as fast"
-        )
-    print()
-    return reached
-
-
-def print_goals(goals, reached):
-    """Print a line for each goal that this run measured; return how many were missed."""
-    missed = 0
-    for name in [name for name in goals if name in reached]:
-        goal, value = goals[name], reached[name]
-        if name in ("naive", "tensordot", "compiled", "recompute"):
-            met, text = value >= goal, f"1x1 at least {goal:.1f}x as fast as {name}"
-        else:
-            met, text = value <= goal, f"{name} at most {goal:.2f}x plain"
-        missed += not met
-        print(f"{'met   ' if met else 'MISSED'} {value:6.3f}  {text}")
-    return missed
+    report = {"machine": describe_machine(device), "config": asdict(config)}
+    # opened first: that it cannot be written is better known before measuring than after
+    with open_new(Path(config.json)) if config.json else nullcontext() as file:
+        results = bench(config, device)
+        if file:
+            file.write((json.dumps(report | results, indent=1) + "\n").encode())
+    print(f"python -m lab.bench {shlex.join(sys.argv[1:] if argv is None else argv)}")
+    print(f"{report['machine']}, {config.rounds} rounds\n\n{table(results)}")
 
 
 if __name__ == "__main__":
