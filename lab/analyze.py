@@ -3,8 +3,6 @@
 python -m lab.analyze                             the run in out/
 python -m lab.analyze --plain out-plain           compare with a plain Transformer on the same data
 python -m lab.analyze --prune 0.8                 drop the smallest 80% of the alphas: out/pruned.pt
-python train.py --init_from out/pruned.pt --learning_rate 1.5e-3 --out_dir out-pruned
-                                          and continue without them, at a tenth of the rate
 
 alpha.png        the alphas as a heat map                                     (the paper's Figure 5)
 alpha-steps.png  the alphas during training                                   (Figure 10)
@@ -16,31 +14,32 @@ singular.png     singular values of the weights, averaged over the blocks     (F
 import json
 import math
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import data
 from data.dataset import eval_offsets, stack_windows, sum_losses
-from denseformer import DWA
-from lib.checkpoint import checkpoint_errors, load_model, save_checkpoint
+from denseformer import DWA, Rows
+from lib.checkpoint import load_model, save_checkpoint
 from lib.device import find_device
 from lib.figures import new_figure, text_heat_map
 from lib.files import UserError
-from lib.flags import UsageError, flag, parse_flags, run_cli
+from lib.flags import UsageError, flag, parse_flags, path, run_cli
 
 BATCH_SIZE = 8
 
 
 @dataclass
 class AnalyzeConfig:
-    out_dir: str = flag("out", "folder of the run", path=True)
-    checkpoint: str = flag("best", "which checkpoint of the run", choices=("best", "last"))
-    plain: str | None = flag(None, "folder of a plain Transformer's run to compare with", path=True)
-    prune: float = flag(0.0, "drop this fraction of the alphas, smallest first: pruned.pt", 0, 1)
+    out_dir: str = flag("out", "folder of the run", read=path)
+    plain: str | None = flag(None, "folder of a plain Transformer's run to compare with", read=path)
+    dataset: str | None = flag(None, "where the data is now, if it has moved", read=path)
+    prune: float = flag(0.0, "drop this fraction of the alphas: pruned.pt", low=0, below=1)
     tokens: int = flag(50_000, "maximum number of validation tokens to use", low=1)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 
@@ -50,20 +49,20 @@ class AnalyzeConfig:
 
 
 class Run:
-    """A trained model and the validation tokens to measure it on."""
+    """The model in a run's best.pt, and the validation tokens to measure it on."""
 
-    def __init__(self, path, tokens, device):
-        self.device = device
-        self.model, _, self.checkpoint = load_model(path, device)
-        self.T = T = self.model.config.block_size
-        with checkpoint_errors(path):
-            train, fingerprint = self.checkpoint["train_config"], self.checkpoint["fingerprint"]
-            name, tokenizer, shards = (train[k] for k in ("dataset", "tokenizer", "shards"))
-        dataset = data.load(name, T, tokenizer, shards)
-        if dataset.fingerprint() != fingerprint:
-            raise UserError(f"{name} is not the data that {path} was trained on")
+    def __init__(self, out_dir: str, config: AnalyzeConfig):
+        self.device, best = find_device(config.device), Path(out_dir) / "best.pt"
+        self.model, tokenizer, self.checkpoint = load_model(best, self.device)
+        train, self.T = self.checkpoint["train_config"], self.model.config.block_size
+        name = config.dataset or train["dataset"]
+        dataset = data.load(name, self.T, tokenizer, train["shards"])
+        if dataset.fingerprint() != self.checkpoint["fingerprint"]:
+            raise UserError(f"{name} is not the data that {best} was trained on; see --dataset")
+        if self.checkpoint["step"] == 0:
+            print(f"{best} is from step 0, before training")
         self.val = dataset.val
-        self.offsets = eval_offsets(dataset.val, T, max(1, tokens // T))
+        self.offsets = eval_offsets(self.val, self.T, max(1, config.tokens // self.T))
 
     def batches(self):
         """Yield x and y, (B, T): validation tokens and the tokens that follow, -1 after the end."""
@@ -71,209 +70,166 @@ class Run:
         for n in range(0, len(self.offsets), B):
             yield stack_windows(self.val, self.offsets[n : n + B], (B, self.T), V, self.device)
 
-    def perplexity(self):
-        """Return the perplexity on the validation tokens."""
+    def perplexity(self) -> float:
         loss_sum, count = sum_losses(self.model, self.batches())
         return math.exp(loss_sum / count)
 
     @torch.no_grad()
-    def cosines(self):
+    def cosines(self) -> list[float]:
         """Return the cosine similarity of Y_i to X_0 for i = 0..L, averaged over the tokens."""
-        Y, readers = [], [*self.model.blocks, self.model.ln_f]  # what reads Y_0..Y_L
-        hooks = [
-            reader.register_forward_pre_hook(lambda module, args: Y.append(args[0].float()))
-            for reader in readers
-        ]
-        total, count = torch.zeros(len(readers)), 0
+        Y: list[Tensor] = []
+        readers = [*self.model.blocks, self.model.ln_f]  # what reads Y_0..Y_L
+        hooks = [r.register_forward_pre_hook(lambda _, args: Y.append(args[0])) for r in readers]
+        total, count = torch.zeros(len(readers), device=self.device), 0
         for x, y in self.batches():
             Y.clear()
             self.model(x, y)
-            real = y >= 0
-            for i, Y_i in enumerate(Y):
-                total[i] += F.cosine_similarity(Y[0], Y_i, dim=-1)[real].sum().cpu()
-            count += real.sum().item()
+            cosines = F.cosine_similarity(Y[0].float(), torch.stack(Y).float(), dim=-1)
+            total += (cosines * (y >= 0)).sum((1, 2))
+            count += int((y >= 0).sum())
         for hook in hooks:
             hook.remove()
         return (total / count).tolist()
 
-    def dropped(self, fractions):
+    def dropped(self, fractions: list[float]) -> list[float]:
         """Return the perplexity after dropping each fraction of the alphas, smallest first."""
         dwa, perplexities = self.model.dwa, []
-        for fraction in tqdm(fractions, desc="dropping alphas", leave=False, disable=None):
+        for fraction in fractions:
             self.model.dwa = prune(dwa, fraction)
             perplexities.append(self.perplexity())
         self.model.dwa = dwa
         return perplexities
 
-    def singular_values(self):
+    @torch.no_grad()
+    def singular_values(self) -> dict[str, Tensor]:
         """Return {matrix: singular values in decreasing order, averaged over the blocks}."""
-        values = {}
-        for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-            weights = [block.get_submodule(kind).weight for block in self.model.blocks]
-            w = torch.stack(weights).detach().cpu().float()
-            values[kind] = torch.linalg.svdvals(w).mean(0)
-        return values
-
-    def snapshots(self, log):
-        """Return {step: alpha} as train.py logged them, up to this checkpoint."""
-        entries = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
-        found = {e["step"]: torch.tensor(e["alpha"]) for e in entries if "alpha" in e}
-        return {step: a for step, a in found.items() if step <= self.checkpoint["step"]}
-
-
-def sparsity(dwa):
-    """Return the fraction of pairs (i, j), j < i, not in the mask: 0 for 1x1, 1 for none."""
-    earlier = sum(j < i for i, row in enumerate(dwa.rows, start=1) for j in row)
-    return 1 - earlier / (dwa.n_layer * (dwa.n_layer + 1) // 2)
-
-
-def dwa_pattern(mask):
-    """Return the pattern string of a mask, (L, L + 1), row by row, as in 5:1,5+10:2,6,10."""
-    rows = [",".join(str(j) for j, read in enumerate(row) if read) for row in mask.tolist()]
-    return "+".join(f"{i}:{row}" for i, row in enumerate(rows, start=1) if row) or "none"
+        blocks = [dict(block.named_parameters()) for block in self.model.blocks]
+        return {
+            kind: torch.linalg.svdvals(torch.stack([b[f"{kind}.weight"] for b in blocks])).mean(0)
+            for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        }
 
 
 @torch.no_grad()
-def prune(dwa, fraction):
+def prune(dwa: DWA, fraction: float) -> DWA:
     """Return the DWA without this fraction of its alphas, the smallest; an empty row has no DWA."""
-    number = round((1 - fraction) * dwa.num_params())
-    size = dwa.alpha.abs().masked_fill(~dwa.mask, -1).flatten()
-    mask = torch.zeros_like(size, dtype=torch.bool)
-    mask[size.argsort(descending=True)[:number]] = True
-    mask = mask.view_as(dwa.alpha)
-    pruned = DWA(dwa.n_layer, dwa_pattern(mask), dwa.impl).to(dwa.alpha)
-    pruned.alpha.copy_(torch.where(mask, dwa.alpha, pruned.alpha))
+    pairs = [(i, j) for i, row in enumerate(dwa.rows) for j in row]
+    pairs.sort(key=lambda pair: abs(dwa.alpha[pair].item()), reverse=True)
+    kept = pairs[: round((1 - fraction) * len(pairs))]
+    rows = [[j for j in row if (i, j) in kept] for i, row in enumerate(dwa.rows)]
+    pruned = DWA(dwa.n_layer, rows if kept else "none").to(dwa.alpha)
+    for pair in kept:
+        pruned.alpha[pair] = dwa.alpha[pair]
     return pruned
 
 
-def save_pruned(run, fraction, out_dir):
+def save_pruned(run: Run, fraction: float, out_dir: Path):
     """Save the model without this fraction of its alphas as pruned.pt."""
-    all_alphas = run.model.dwa.num_params()
-    dwa = run.model.dwa = prune(run.model.dwa, fraction)
-    if not dwa.num_params():
-        raise UserError(f"--prune {fraction} drops all {all_alphas:,} alphas; drop fewer")
-    config = run.checkpoint["model_config"] | {"dwa": dwa.pattern}
-    model = {name: tensor.cpu() for name, tensor in run.model.state_dict().items()}
-    path, rate = out_dir / "pruned.pt", run.checkpoint["train_config"]["learning_rate"]
-    save_checkpoint(path, run.checkpoint | {"model": model, "model_config": config})
+    before, after = run.model.dwa, prune(run.model.dwa, fraction)
+    if not after.num_params():
+        raise UsageError(f"--prune {fraction} drops all {before.num_params():,} alphas; drop fewer")
+    run.model.dwa = after
+    config = run.checkpoint["model_config"] | {"dwa": after.rows}
+    weights = {name: tensor.cpu() for name, tensor in run.model.state_dict().items()}
+    save_checkpoint(
+        out_dir / "pruned.pt", run.checkpoint | {"model": weights, "model_config": config}
+    )
+    off = [sum(j < i for i, row in enumerate(dwa.rows) for j in row) for dwa in (after, before)]
+    rate = run.checkpoint["train_config"]["learning_rate"] / 10
     print(
-        f"\n{path} has {dwa.num_params():,} of {all_alphas:,} alphas (off the diagonal, "
-        f"{sparsity(dwa):.1%} are dropped): validation perplexity {run.perplexity():.3f}\n"
-        f"to continue training: python train.py --init_from {shlex.quote(str(path))} "
-        f"--out_dir {shlex.quote(f'{out_dir}-pruned')} --learning_rate {rate / 10:g}, a tenth of "
-        f"the run's\n"
-        f"to train this pattern from scratch: --n_layer {dwa.n_layer} --dwa {dwa.pattern}"
+        f"\n{out_dir}/pruned.pt has {after.num_params():,} of {before.num_params():,} alphas, "
+        f"{off[0]:,} of {off[1]:,} off the diagonal: validation perplexity {run.perplexity():.3f}\n"
+        f"to continue training, at a tenth of the rate: python train.py --init_from "
+        f"{shlex.quote(f'{out_dir}/pruned.pt')} --learning_rate {rate:g} --out_dir "
+        f"{shlex.quote(f'{out_dir}-pruned')}"
     )
 
 
-def table(head, rows):
-    """Return a text table of rows under a header line."""
+def read_snapshots(log: Path, last: int) -> dict[str, Tensor]:
+    """Return {"step N": alpha} as train.py logged them, up to step `last`."""
+    found = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        with suppress(ValueError):  # a killed run may have written half a line
+            entry = json.loads(line)
+            if "alpha" in entry and entry["step"] <= last:
+                found[f"step {entry['step']:,}"] = torch.tensor(entry["alpha"])
+    return found
+
+
+def print_table(title: str, head: list[str], rows: list[list]):
+    print(f"\n{title}")
     lines = [head, *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in r] for r in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines
-    )
+    for line in lines:
+        print("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)))
 
 
 # -----------------------------------------------------------------------------
 # Plots
 
 
-def save(figure, path):
-    figure.savefig(path, dpi=150)
-    print(f"saved {path}")
-
-
-def draw_alpha(axes, alpha, mask, limit):
-    """Draw alpha, (L, L + 1), on a symmetric-log scale up to `limit`, and return the image.
-
-    Above 0.01, equal color steps are equal factors. Entries outside the mask are gray.
-    """
+def plot_alphas(alphas: dict[str, Tensor], rows: Rows, width: float, height: float):
+    """Draw each of {title: alpha}; above 0.01, equal steps of color are equal factors. What no DWA
+    reads is gray."""
     from matplotlib.colors import SymLogNorm
-    from matplotlib.ticker import MaxNLocator
 
-    L = len(alpha)
-    axes.set_facecolor("0.9")
-    image = axes.imshow(
-        alpha.masked_fill(~mask, torch.nan).numpy(),
-        cmap="RdBu_r",
-        norm=SymLogNorm(0.01, vmin=-limit, vmax=limit),
-        extent=(-0.5, L + 0.5, L + 0.5, 0.5),  # row i-1 is DWA i
-    )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    return image
-
-
-def plot_alpha(alpha, mask, title, path):
-    L = len(alpha)
-    width = min(9.0, max(4.5, 1.8 + 0.32 * L))
-    figure, axes = new_figure((width, 0.85 * width))
-    limit = alpha.abs().max().item()
-    image = draw_alpha(axes, alpha, mask, limit)
-    if L <= 12:  # room for the numbers
-        for i, j in mask.nonzero().tolist():
-            value = alpha[i, j].item()
-            color = "white" if abs(image.norm(value) - 0.5) > 0.3 else "black"
-            axes.text(j, i + 1, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_title(title)
-    axes.set_xlabel("$j$ (block output $X_j$; $X_0$ is the embedding)")
-    axes.set_ylabel("$i$ (DWA output $Y_i$)")
-    figure.colorbar(image, ax=axes, label=r"$\alpha_{i,j}$", shrink=0.85)
-    save(figure, path)
-
-
-def plot_snapshots(snapshots, mask, path):
-    n = len(snapshots)
-    figure, all_axes = new_figure((2.1 * n + 0.8, 2.6), 1, n, sharey=True, squeeze=False)
-    limit = max(alpha.abs().max().item() for alpha in snapshots.values())
-    for axes, (step, alpha) in zip(all_axes[0], snapshots.items(), strict=True):
-        image = draw_alpha(axes, alpha, mask, limit)
-        axes.set_title(f"step {step:,}", fontsize=10)
-        axes.set_xlabel("$j$ (of $X_j$)")
+    n, L = len(alphas), len(rows) - 1
+    figure, all_axes = new_figure((n * width, height), 1, n, sharey=True, squeeze=False)
+    read = torch.zeros(L + 1, L + 1, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        read[i, row] = True
+    limit = max(alpha[read].abs().max().item() for alpha in alphas.values())
+    norm = SymLogNorm(0.01, vmin=-limit, vmax=limit)
+    for axes, (title, alpha) in zip(all_axes[0], alphas.items(), strict=True):
+        shown = alpha.masked_fill(~read, torch.nan)[1:]
+        extent = (-0.5, L + 0.5, L + 0.5, 0.5)  # row i is Y_i, from 1 on
+        image = axes.imshow(shown.numpy(), cmap="RdBu_r", norm=norm, extent=extent)
+        axes.set_facecolor("0.9")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("$j$ (of $X_j$; $X_0$ is the embedding)" if n == 1 else "$j$ (of $X_j$)")
+        axes.locator_params(integer=True)
+        for i, j in read.nonzero().tolist() if n == 1 and L <= 12 else ():  # room for the numbers
+            color = "white" if abs(norm(alpha[i, j].item()) - 0.5) > 0.3 else "black"
+            text = f"{alpha[i, j]:.2f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     all_axes[0, 0].set_ylabel("$i$ (of $Y_i$)")
-    figure.colorbar(image, ax=all_axes, label=r"$\alpha_{i,j}$")
-    save(figure, path)
+    figure.colorbar(image, ax=all_axes, label=r"$\alpha_{i,j}$", shrink=0.85)
+    return figure
 
 
-def plot_cosines(cosines, path):
+def plot_cosines(cosines: dict[str, list[float]]):
     figure, axes = new_figure((6.5, 3.8))
     for name, values in cosines.items():
         axes.plot(values, "o-", label=name, markersize=3.5)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set(xlabel="$i$ (after block $i$)", ylabel="cosine similarity of $Y_i$ to $X_0$")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, path)
+    return figure
 
 
-def plot_dropped(fractions, perplexities, path):
+def plot_dropped(fractions: list[float], perplexities: list[float]):
     figure, axes = new_figure((6.5, 3.8))
     axes.plot([100 * f for f in fractions], perplexities, "o-", markersize=4)
     axes.axhline(perplexities[0], color="0.6", linewidth=0.8)
     axes.set(xlabel="smallest alphas dropped (%)", ylabel="validation perplexity")
-    if max(perplexities) > 10 * min(perplexities):
-        axes.set_yscale("log")
-    else:
-        axes.ticklabel_format(useOffset=False)
+    axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    save(figure, path)
+    return figure
 
 
-def plot_singular_values(values, path):
+def plot_singular_values(values: dict[str, dict[str, Tensor]]):
     figure, all_axes = new_figure((8, 5.4), 2, 2)
-    for name, style in zip(values, ("-", "--"), strict=False):
-        for axes, (kind, s) in zip(all_axes.flat, values[name].items(), strict=True):
-            axes.plot(range(1, len(s) + 1), s, style, label=name)
+    for (name, of_kind), style in zip(values.items(), ("-", "--"), strict=False):
+        for axes, (kind, s) in zip(all_axes.flat, of_kind.items(), strict=True):
+            axes.plot(range(1, len(s) + 1), s.cpu(), style, label=name)
             axes.set_title(kind, fontsize=10)
             axes.grid(alpha=0.3)
-    for axes in all_axes[1]:
-        axes.set_xlabel("index of the singular value")
-    for axes in all_axes[:, 0]:
-        axes.set_ylabel("mean over the blocks")
+    figure.supxlabel("index of the singular value", fontsize=10)
+    figure.supylabel("mean over the blocks", fontsize=10)
     all_axes[0, 0].legend()
-    save(figure, path)
+    return figure
 
 
 # -----------------------------------------------------------------------------
@@ -281,57 +237,55 @@ def plot_singular_values(values, path):
 
 def main(argv=None):
     config = AnalyzeConfig(**parse_flags(AnalyzeConfig, argv, __doc__))
-    device = find_device(config.device)
-    out_dir = Path(config.out_dir)
-    run = Run(out_dir / f"{config.checkpoint}.pt", config.tokens, device)
-    dwa = run.model.dwa
-    alpha, mask, has_alphas = dwa.weights().detach().cpu(), dwa.mask.cpu(), dwa.num_params() > 0
-    if config.prune and not has_alphas:
-        raise UsageError(f"--prune: the model in {out_dir} is a plain Transformer without alphas")
-    pattern = dwa.pattern if len(dwa.pattern) < 20 else f"{dwa.pattern[:16]}..."
-    runs = {f"DenseFormer {pattern}" if has_alphas else "Transformer": run}
+    out_dir, run, plots = Path(config.out_dir), Run(config.out_dir, config), {}
+    alpha, rows, L = run.model.dwa.alpha.detach().cpu(), run.model.dwa.rows, run.model.dwa.n_layer
+    pattern = run.model.dwa.pattern if isinstance(run.model.dwa.pattern, str) else "pruned"
+    runs = {f"DenseFormer {pattern}" if any(rows) else "Transformer": run}
+    if config.prune and not any(rows):
+        raise UsageError(f"--prune: the model in {out_dir} has no alphas")
     if config.plain:
-        plain = Run(Path(config.plain) / f"{config.checkpoint}.pt", config.tokens, device)
+        plain = runs["plain Transformer"] = Run(config.plain, config)
         if plain.model.dwa.num_params():
             raise UsageError(f"--plain: the model in {config.plain} is a DenseFormer")
         if plain.checkpoint["fingerprint"] != run.checkpoint["fingerprint"]:
-            raise UsageError(
-                f"--plain: {config.plain} and {out_dir} were trained on different data"
-            )
-        runs["plain Transformer"] = plain
+            raise UsageError(f"--plain: {config.plain} was trained on other data than {out_dir}")
 
-    # Tables
-    if has_alphas:
-        print(text_heat_map(alpha, mask))
-    cosines = {name: r.cosines() for name, r in runs.items()}
+    if any(rows):
+        print(text_heat_map(alpha, rows))
+        step, size = run.checkpoint["step"], min(9.0, max(4.5, 1.8 + 0.32 * L))
+        title = f"DenseFormer {pattern}, step {step:,}"
+        plots["alpha"] = plot_alphas, {title: alpha}, rows, size, 0.85 * size
+        if snapshots := read_snapshots(out_dir / "log.jsonl", step):
+            plots["alpha-steps"] = plot_alphas, snapshots, rows, 2.3, 2.6
+
+    cosines = {name: run.cosines() for name, run in runs.items()}
     depth = min(map(len, cosines.values())) - 1
-    print("\ncosine similarity of Y_i to the embedding X_0")
     shown = sorted({round(depth * k / 8) for k in range(9)})
-    print(table(["i", *cosines], [[i, *(c[i] for c in cosines.values())] for i in shown]))
-    fractions = [0.05 * n for n in range(11)] if has_alphas else []
-    perplexities = run.dropped(fractions)
-    if has_alphas:
-        print("\nvalidation perplexity without the smallest alphas")
-        rows = zip((f"{f:.0%}" for f in fractions), perplexities, strict=True)
-        print(table(["dropped", "perplexity"], list(rows)))
-    values = {name: r.singular_values() for name, r in runs.items()}
-    print("\nmean singular value of each weight matrix, over all blocks")
-    kinds = next(iter(values.values()))
-    rows = [[kind, *(s[kind].mean().item() for s in values.values())] for kind in kinds]
-    print(table(["", *values], rows), end="\n\n")
+    table = [[i, *(c[i] for c in cosines.values())] for i in shown]
+    print_table("cosine similarity of Y_i to the embedding X_0", ["i", *cosines], table)
+    plots["cosine"] = plot_cosines, cosines
 
-    # Plots
+    if any(rows):
+        fractions = [n / 20 for n in range(11)]
+        perplexities = run.dropped(fractions)
+        table = [[f"{f:.0%}", p] for f, p in zip(fractions, perplexities, strict=True)]
+        print_table("validation perplexity without the smallest alphas", ["dropped", ""], table)
+        plots["dropped"] = plot_dropped, fractions, perplexities
+
+    values = {name: run.singular_values() for name, run in runs.items()}
+    means = [
+        [kind, *(v[kind].mean().item() for v in values.values())]
+        for kind in next(iter(values.values()))
+    ]
+    print_table("mean singular value of each weight matrix, over all blocks", ["", *values], means)
+    plots["singular"] = plot_singular_values, values
+
     try:
-        if has_alphas:
-            title = f"DenseFormer {pattern}, step {run.checkpoint['step']:,}"
-            plot_alpha(alpha, mask, title, out_dir / "alpha.png")
-            if snapshots := run.snapshots(out_dir / "log.jsonl"):
-                plot_snapshots(snapshots, mask, out_dir / "alpha-steps.png")
-            plot_dropped(fractions, perplexities, out_dir / "dropped.png")
-        plot_cosines(cosines, out_dir / "cosine.png")
-        plot_singular_values(values, out_dir / "singular.png")
+        for file, (plot, *arguments) in plots.items():
+            plot(*arguments).savefig(out_dir / f"{file}.png", dpi=150)
+        print(f"\nsaved in {out_dir}: {', '.join(f'{file}.png' for file in plots)}")
     except ImportError:
-        print("for the plots: pip install matplotlib")
+        print("\nfor the plots: pip install matplotlib")
     if config.prune:
         save_pruned(run, config.prune, out_dir)
 

@@ -128,6 +128,10 @@ MODELS: dict[str, type[DenseFormer]] = {
 DIAGONAL = r"diagonal-(\d*\.?\d+)"
 
 
+def is_variant(name: str) -> bool:
+    return name in MODELS or bool(re.fullmatch(DIAGONAL, name))
+
+
 def scale_diagonal(optimizers: list[torch.optim.Optimizer], alpha: Tensor, k: float):
     """Multiply the learning rate of alpha's diagonal by k: shorten each of its steps to k times
     the optimizer's. (Scaling the gradient would not: Adam divides by its size.)"""
