@@ -1,4 +1,4 @@
-"""The Dataset class, data sets made from a text, and batches of token windows."""
+"""The Dataset class, batches of token windows, and the loss on them."""
 
 import zlib
 from collections.abc import Callable, Iterable
@@ -8,18 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import ConcatTokens
-from data.tokenizer import Tokenizer, make_tokenizer
+from data.tokenizer import Tokenizer
 from lib.files import UserError
 
-VAL_FRACTION = 0.1  # the last tenth of a text is for validation
 SAMPLES, SAMPLE = 64, 1 << 20  # fingerprint() reads 64 samples of a million tokens from a split
 
 
 @dataclass
 class Dataset:
     name: str  # the value of --dataset that loads it
-    train: np.ndarray | ConcatTokens  # (tokens,) ids of any integer type
+    train: np.ndarray  # (tokens,) ids of any integer type
     val: np.ndarray
     tokenizer: Tokenizer
 
@@ -35,18 +33,6 @@ class Dataset:
             for start in np.unique(starts):
                 crc = zlib.crc32(ids[start : start + SAMPLE].tobytes(), crc)
         return f"{len(self.train)}-{len(self.val)}-{crc:08x}"
-
-
-def split(name: str, ids: np.ndarray, tokenizer: Tokenizer) -> Dataset:
-    """Return ids split 90/10 by position, so that neighboring sentences stay together."""
-    n = int(len(ids) * (1 - VAL_FRACTION))
-    return Dataset(name, ids[:n], ids[n:], tokenizer)
-
-
-def from_text(name: str, text: str, kind: str | None) -> Dataset:
-    """Return a text in memory as a data set; kind is the tokenizer's name, or None to choose."""
-    tokenizer = make_tokenizer(kind, set(text))
-    return split(name, tokenizer.encode(text), tokenizer)
 
 
 def stack_windows(
@@ -67,7 +53,7 @@ def stack_windows(
         ids[1, row, : len(window) - 1] = window[1:]
     if (largest := ids.max()) >= vocab_size:
         raise UserError(
-            f"the data has the token {largest}, but its tokenizer has only {vocab_size}: the data "
+            f"the data has the token {largest}, but the vocabulary has only {vocab_size}: the data "
             f"is damaged, or was made with another tokenizer"
         )
     xy = torch.from_numpy(ids)

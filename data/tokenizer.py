@@ -2,14 +2,12 @@
 
 import hashlib
 import os
-import re
-import tempfile
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from data import download
+from data.cache import cache_dir, fetch, import_extra
 from lib.files import UserError
 
 
@@ -33,8 +31,6 @@ class CharTokenizer(Tokenizer):
     end = None
 
     def __init__(self, chars: str):
-        if len(chars) > 1 << 16:
-            raise UserError(f"{len(chars):,} characters do not fit 16 bits: use --tokenizer byte")
         self.chars, self.vocab_size = chars, len(chars)
         self.codes = np.array([ord(c) for c in chars], dtype=np.uint32)
         self.start = [max(0, chars.find("\n"))]
@@ -87,24 +83,13 @@ class GPT2Tokenizer(Tokenizer):
     start = [end]  # noqa: RUF012
 
     def __init__(self):
-        try:
-            import tiktoken
-        except ImportError:
-            raise UserError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
-        # tiktoken takes its folder from the environment only
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(find_vocabulary())
+        tiktoken = import_extra("tiktoken")
+        fetch_vocabulary()
         self.encoding = tiktoken.get_encoding("gpt2")
 
     def encode(self, text: str) -> np.ndarray:
         """Return uint16 ids; <|endoftext|> in the text is encoded as ordinary text."""
         text = text.encode("utf-8", "replace").decode()  # replaces half surrogate pairs
-        try:
-            return self.encode_piece(text)
-        except ValueError:  # tiktoken cannot take a million white-space characters in a row
-            pieces = re.split(r"(\s{10000})", text)
-            return np.concatenate([self.encode_piece(piece) for piece in pieces])
-
-    def encode_piece(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
     def decode_bytes(self, ids) -> bytes:
@@ -114,7 +99,7 @@ class GPT2Tokenizer(Tokenizer):
         return {"kind": "gpt2"}
 
 
-# GPT-2's vocabulary where tiktoken looks for it: {address: sha256}
+# GPT-2's vocabulary: {address: sha256}
 BLOB = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 VOCABULARY = {
     f"{BLOB}/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -122,39 +107,33 @@ VOCABULARY = {
 }
 
 
-def find_vocabulary() -> Path:
-    """Return a folder with GPT-2's vocabulary: tiktoken's cache, else ours, where it is downloaded.
+def fetch_vocabulary() -> None:
+    """Download GPT-2's vocabulary to where tiktoken looks for it, unless it is there.
 
-    Raises UserError if it cannot be downloaded.
+    That is TIKTOKEN_CACHE_DIR in the environment, which is set to our cache if it is not set.
     """
-    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    theirs = Path(os.path.expanduser(os.environ.get("TIKTOKEN_CACHE_DIR") or default))
-    files = {hashlib.sha1(url.encode()).hexdigest(): url for url in VOCABULARY}
-    if all(download.is_whole(theirs / name, VOCABULARY[url]) for name, url in files.items()):
-        return theirs
-    own = download.cache_dir() / "tiktoken"
-    for name, url in files.items():
-        download.fetch(url, own / name, VOCABULARY[url])
-    return own
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or str(cache_dir() / "tiktoken")
+    os.environ["TIKTOKEN_CACHE_DIR"] = folder
+    for url, sha256 in VOCABULARY.items():
+        fetch(url, Path(folder, hashlib.sha1(url.encode()).hexdigest()), sha256)
 
 
-def make_tokenizer(kind: str | None, chars: set[str]) -> Tokenizer:
-    """Return the tokenizer of that name for a text with these characters.
+Choice = Tokenizer | str | None  # a tokenizer, its name, or None to choose by the text
+
+
+def make_tokenizer(choice: Choice, chars: set[str]) -> Tokenizer:
+    """Return the chosen tokenizer for a text with these characters.
 
     None stands for char if there are at most 256 different characters, and for byte otherwise.
     """
-    kind = kind or ("char" if len(chars) <= 256 else "byte")
-    return from_state({"kind": kind, "chars": "".join(sorted(chars))})
+    choice = choice or ("char" if len(chars) <= 256 else "byte")
+    if isinstance(choice, str):
+        return from_state({"kind": choice, "chars": "".join(sorted(chars))})
+    return choice
 
 
 def from_state(state: dict) -> Tokenizer:
-    """Return the tokenizer with this state(). Raises UserError for an unknown kind."""
+    """Return the tokenizer with this state()."""
     if state["kind"] == "char":
         return CharTokenizer(state["chars"])
-    if state["kind"] == "byte":
-        return ByteTokenizer()
-    if state["kind"] == "gpt2":
-        return GPT2Tokenizer()
-    raise UserError(
-        f"unknown tokenizer {state['kind']!r}: was the checkpoint written by a newer version?"
-    )
+    return {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}[state["kind"]]()
