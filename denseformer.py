@@ -17,7 +17,7 @@ Notable here:
 - class DWA is the formula and nothing else; three lines add it to any residual network
 - dwa="none" is the plain Transformer
 - the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
-- the last section computes the formula in place, with a quarter of the memory traffic
+- the last section computes the same in place, with a quarter of the memory traffic
 
 Shapes: B sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
 """
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 Rows = list[list[int]]  # for i = 0..L, the j of all X_j that DWA i reads
@@ -102,17 +103,15 @@ class DWA(nn.Module):
             raise ValueError(f"impl must be 'inplace' or 'naive', not {impl!r}")
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
-        alpha = torch.empty(n_layer + 1, n_layer + 1)
         # frozen without any DWA: DDP would wait for a gradient that never comes
-        self.alpha = nn.Parameter(alpha, requires_grad=any(self.rows))
+        self.alpha = nn.Parameter(torch.empty(n_layer + 1, n_layer + 1), any(self.rows))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self):
         """Reset alpha so that Y_i is the newest X_j that DWA i reads, in general X_i."""
-        self.alpha.zero_()
-        for i, row in enumerate(self.rows):
-            self.alpha[i, row[-1] if row else i] = 1
+        newest = torch.tensor([row[-1] if row else i for i, row in enumerate(self.rows)])
+        self.alpha.copy_(F.one_hot(newest, len(newest)))
 
     def num_params(self) -> int:
         """Return the number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
@@ -130,17 +129,15 @@ class DWA(nn.Module):
 def is_plain(x: Tensor) -> bool:
     """Return whether steps can write x to a buffer: not under torch.compile, as a subclass of
     Tensor or as complex numbers, all of which the formula serves."""
-    plain = type(x) in (Tensor, nn.Parameter) and x.is_floating_point()
-    return plain and not torch.compiler.is_compiling()
+    return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and not is_compiling()
 
 
 def check_step(i: int, x: Tensor, expected: int | None, shape: torch.Size, L: int):
     """Raise RuntimeError unless x is X_i, the tensor that a pass expects next."""
     if i != expected or i > L or getattr(x, "shape", None) != shape:
         raise RuntimeError(
-            f"DWA step {i} got {getattr(x, 'shape', type(x))}: steps 1..{L} run in order, and each "
-            f"takes one tensor of the shape {shape} of X_0. In place, each runs once, before the "
-            f"backward pass: checkpointing may wrap blocks, but steps only with impl='naive'"
+            f"DWA step {i} got {getattr(x, 'shape', type(x))}: steps 1..{L} run in order and take one "
+            f"tensor like X_0, {shape}; a step in place runs once, but with impl='naive' again"
         )
 
 
@@ -158,12 +155,9 @@ def dwa_rows(pattern: str | Rows, n_layer: int) -> Rows:
     or such lists as data, the first of them empty, as in a pruned model. Raises ValueError for
     anything else, and for a pattern other than none that has no DWA in n_layer blocks.
     """
-    pairs = [(i, j) for i in range(1, n_layer + 1) for j in range(i + 1)]
-    reads = set()
+    reads, pairs = set(), [(i, j) for i in range(1, n_layer + 1) for j in range(i + 1)]
     if not isinstance(pattern, str):
         reads = {(i, j) for i, row in enumerate(pattern) for j in row}
-        if len(pattern) != n_layer + 1 or not reads <= set(pairs):
-            raise ValueError(f"dwa needs {n_layer + 1} rows, of which row i has numbers j in 0..i")
     elif match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", pattern):
         k, p = map(int, match.groups())
         reads = {(i, j) for i, j in pairs if i % p == 0 and (i - j) % k == 0}
@@ -173,9 +167,12 @@ def dwa_rows(pattern: str | Rows, n_layer: int) -> Rows:
         reads = {(i, j) for i, j in pairs if i == n_layer}
     elif pattern != "none":
         raise ValueError(f"dwa {pattern!r} is not of the form 4x5, last4, connect-to-last or none")
-    if not reads and pattern != "none":
-        raise ValueError(f"dwa {pattern} has no DWA in {n_layer} blocks; use none for that")
-    return [[j for j in range(i + 1) if (i, j) in reads] for i in range(n_layer + 1)]
+    rows = [[j for j in range(i + 1) if (i, j) in reads] for i in range(n_layer + 1)]
+    if not isinstance(pattern, str) and (rows != pattern or pattern[0]):
+        raise ValueError(f"dwa: rows must be {n_layer + 1} lists, row 0 empty, row i within 0..i")
+    if pattern != "none" and not reads:
+        raise ValueError(f"dwa {pattern} has no DWA in {n_layer} blocks; none is without DWA")
+    return rows
 
 
 # -----------------------------------------------------------------------------
@@ -198,7 +195,7 @@ def rotary_angles(t: Tensor, head_size: int, dtype: torch.dtype) -> Tensor:
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate the channel pairs (2m, 2m + 1) of x, (B, T, heads, head_size), by position."""
     pairs = x.unflatten(-1, (-1, 2))
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not is_compiling():
         # one product of complex numbers is fastest, but torch.compile generates no code for it
         z = torch.view_as_complex(pairs.to(rotary.dtype)) * torch.view_as_complex(rotary)
         pairs = torch.view_as_real(z)
@@ -455,7 +452,7 @@ def sample_token(
 # In place
 #
 # DWA does little arithmetic; memory traffic is its cost. With the formula and autograd, the forward
-# and the backward pass of 8, 24 and 48 blocks move 568, 4,392 and 16,848 activations: each product
+# and the backward pass of 8, 24 and 48 blocks move 584, 4,440 and 16,944 activations: each product
 # alpha[i, j] * X_j is written and read again, and the backward of DWA i adds to the gradients of
 # all earlier X. Two ideas bring this down to 202, 1,154 and 4,022:
 #
@@ -480,14 +477,11 @@ def sample_token(
 #        step 1        X_0  G_1  G_2  G_3    dX_1 = a11 G_1 + a21 G_2 + a31 G_3
 #        step 0        .    G_1  G_2  G_3    dX_0 = a10 G_1 + a20 G_2 + a30 G_3
 #
-# A third idea, tiles, needs 219, 741 and 1,704: see lib/tiled.py.
+# A third idea, tiles, moves 203, 709 and 1,648: lib/tiled.py.
 
 
 class Buffer:
-    """The memory of one forward pass, X, (L + 1, N): row i is X_i, or G_i once its backward ran.
-
-    Products take the dtype of X_0, add up in float32 at least, and ignore autocast.
-    """
+    """The memory of one forward pass, X, (L + 1, N): row i is X_i, or G_i once its backward ran."""
 
     def __init__(self, alpha: Tensor, x: Tensor):
         self.X, self.shape = x.new_empty(len(alpha), x.numel()), x.shape
@@ -496,17 +490,11 @@ class Buffer:
         self.dalpha = torch.zeros_like(alpha)
         self.next: int | None = 0  # the next step of the forward pass, None after it
 
-    def product(self, a: Tensor, lo: int, hi: int) -> Tensor:
-        """Return a @ X[lo:hi] in the shape of X_0."""
-        y = self.X.new_empty(self.shape)
-        torch.mv(self.X[lo:hi].t(), a, out=y.view(-1))
-        return y
-
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Take X_i; return Y_i."""
         self.next = i + 1
         self.X[i].view(self.shape).copy_(x)
-        return self.product(self.alpha[i, : i + 1], 0, i + 1).to(x.dtype)
+        return mv(self.X[: i + 1].t(), self.alpha[i, : i + 1], self.shape).to(x.dtype)
 
     def backward(self, i: int, g: Tensor | None) -> Tensor:
         """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
@@ -515,9 +503,18 @@ class Buffer:
         self.X[i + 1 : self.lowest] = 0  # steps that ran under no_grad have no gradients
         self.lowest = i
         g = self.X.new_zeros(self.shape) if g is None else g.to(self.X.dtype)
-        self.dalpha[i, : i + 1] = torch.mv(self.X[: i + 1], g.reshape(-1))
+        self.dalpha[i, : i + 1] = mv(self.X[: i + 1], g.reshape(-1), (i + 1,))
         self.X[i].view(self.shape).copy_(g)
-        return self.product(self.alpha[i : self.top, i].contiguous(), i, self.top)
+        G = slice(max(i, 1), self.top)  # there is no DWA 0
+        return mv(self.X[G].t(), self.alpha[G, i].contiguous(), self.shape)
+
+
+def mv(A: Tensor, v: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return A @ v in this shape and in the dtype of A, with sums in float32 at least, also under
+    autocast, which ignores calls with out=."""
+    y = A.new_empty(shape)  # no view of A @ v, so that a block may modify it in place
+    torch.mv(A, v, out=y.view(-1))
+    return y
 
 
 class InPlaceStep(torch.autograd.Function):
@@ -553,10 +550,9 @@ class InPlace:
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        buffer = self.buffer
-        check_step(i, x, buffer.next, buffer.shape, len(buffer.dalpha) - 1)
+        check_step(i, x, self.buffer.next, self.buffer.shape, len(self.buffer.dalpha) - 1)
         if not (torch.is_grad_enabled() or x.requires_grad):
-            return buffer.forward(i, x)
+            return self.buffer.forward(i, x)
         with torch.enable_grad():  # under no_grad too: a later Y passes a gradient to X_i
-            y, self.order = InPlaceStep.apply(x, self.order, buffer, i)
+            y, self.order = InPlaceStep.apply(x, self.order, self.buffer, i)
         return y if torch.is_grad_enabled() else y.detach()
