@@ -136,8 +136,8 @@ def check_step(i: int, x: Tensor, expected: int | None, shape: torch.Size, L: in
     """Raise RuntimeError unless x is X_i, the tensor that a pass expects next."""
     if i != expected or i > L or getattr(x, "shape", None) != shape:
         raise RuntimeError(
-            f"DWA step {i} got {getattr(x, 'shape', type(x))}: steps 1..{L} run in order and take one "
-            f"tensor like X_0, {shape}; a step in place runs once, but with impl='naive' again"
+            f"DWA step {i} got {getattr(x, 'shape', type(x))}: steps 1..{L} run in order and take "
+            f"a tensor like X_0, {shape}; a step in place runs once, but with impl='naive' again"
         )
 
 
