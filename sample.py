@@ -5,8 +5,12 @@ python sample.py --start "ROMEO:" --num_samples 3 --temperature 0.7
 python sample.py --start FILE:prompt.txt --top_k 40 --max_new_tokens 1000
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import codecs
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +20,13 @@ import torch
 from lib.checkpoint import load_model
 from lib.device import find_device
 from lib.files import UserError
-from lib.flags import UsageError, flag, parse_flags, run_cli
+from lib.flags import UsageError, flag, parse_flags, path, run_cli
+from lib.graphs import record_decoding
 
 
 @dataclass
 class SampleConfig:
-    out_dir: str = flag("out", "folder of the run", path=True)
+    out_dir: str = flag("out", "folder of the run", read=path)
     checkpoint: str = flag("best", "which checkpoint of the run", choices=("best", "last"))
     start: str | None = flag(None, "prompt, or FILE:path of a text file (default: none)")
     num_samples: int = flag(1, "number of samples", low=1)
@@ -39,17 +44,13 @@ def read_prompt(start, tokenizer):
         return "", torch.tensor([tokenizer.start])
     text = start
     if start.startswith("FILE:"):
-        path = Path(os.path.expanduser(start.removeprefix("FILE:")))
+        file = Path(path(start.removeprefix("FILE:")))
         try:
-            text = path.read_bytes().decode("utf-8-sig")  # without a byte-order mark
+            text = file.read_text(encoding="utf-8-sig")  # without a byte-order mark
         except UnicodeDecodeError:
-            raise UserError(f"--start: {path} is not UTF-8 text") from None
-        except OSError as error:
-            raise UserError(f"--start: cannot read {path}: {error.strerror}") from None
+            raise UserError(f"--start: {file} is not UTF-8 text") from None
         if not text:
-            raise UserError(f"--start: {path} is empty")
-        if "\r" not in getattr(tokenizer, "chars", "\r"):  # which the model cannot read
-            text = text.replace("\r\n", "\n")
+            raise UserError(f"--start: {file} is empty")
     return text, torch.tensor([tokenizer.encode(text).tolist()])
 
 
@@ -64,6 +65,8 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_model(out_dir / f"{config.checkpoint}.pt", device)
     if checkpoint["step"] == 0:
         print(f"sample.py: {config.checkpoint}.pt is from step 0, before training", file=sys.stderr)
+    if device.type == "cuda":
+        record_decoding(model)
     text, prompt = read_prompt(config.start, tokenizer)
     for n in range(config.num_samples):
         if n > 0:

@@ -1,19 +1,25 @@
-"""Runs on disk: checkpoints, saved atomically and loaded without running code, and a log."""
+"""The folder of a run: checkpoints, saved atomically and loaded without running code, and a log."""
 
 import contextlib
 import json
-import zipfile
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
 
 from data.tokenizer import Tokenizer, from_state
 from denseformer import DenseFormer, DenseFormerConfig
-from lib.files import UserError, open_new
+from lib.device import peak_flops
+from lib.files import UserError, open_new, say
+from lib.processes import RANK, WORLD_SIZE, all_reduce
 
-FORMAT = "denseformer-2"
+FORMAT = "denseformer-3"
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]):
@@ -36,36 +42,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises UserError if the file is missing, damaged, or of another format.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
-            if archive.testzip():
-                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["format"]
     except FileNotFoundError:
         raise UserError(f"no checkpoint found at {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # a damaged archive can fail in any way
         raise UserError(f"{path} is damaged or not a DenseFormer checkpoint") from None
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if found != FORMAT:
         raise UserError(
-            f"{path} has format {found!r}, but this version reads only {FORMAT!r}: retrain the "
+            f"{path} has the format {found}, but this version reads only {FORMAT}: retrain the "
             f"model, or use the version that saved it"
         )
     return checkpoint
-
-
-@contextlib.contextmanager
-def checkpoint_errors(path: Path) -> Iterator[None]:
-    """Convert errors from malformed checkpoints into UserError."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path} cannot be used with this version of DenseFormer: {type(error).__name__}: "
-            f"{reason}"
-        ) from None
 
 
 def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer, dict[str, Any]]:
@@ -77,44 +67,143 @@ def load_model(path: Path, device: torch.device) -> tuple[DenseFormer, Tokenizer
     checkpoint = load_checkpoint(path)
     for name in ("optimizers", "scaler"):
         checkpoint.pop(name, None)
-    with checkpoint_errors(path):
-        model = DenseFormer(DenseFormerConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-        tokenizer = from_state(checkpoint["tokenizer"])
-    return model.to(device).eval(), tokenizer, checkpoint
+    model = DenseFormer(DenseFormerConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), from_state(checkpoint["tokenizer"]), checkpoint
 
 
-def load_weights(checkpoint: dict[str, Any], path: Path, model: DenseFormer, tokenizer: Tokenizer):
-    """Load the weights of a checkpoint whose DWA pattern may differ from the model's.
+@torch.no_grad()
+def load_weights(model: DenseFormer, weights: dict[str, Any]):
+    """Load the weights of a model whose DWA pattern may differ.
 
-    Alphas that only the model has start at 0, or, in rows where the checkpoint has none, at the
-    identity. Raises UserError, which names the path, for another shape or tokenizer.
+    A row of alpha of which the other model has no entry stays as initialized; in other rows, the
+    alphas that only this model has are 0.
     """
-    with checkpoint_errors(path):
-        if checkpoint["tokenizer"] != tokenizer.state():
-            raise UserError(f"{path} has a different tokenizer than the data")
-        model.load_state_dict(checkpoint["model"])
-    dwa = model.dwa
-    with torch.no_grad():
-        alpha = dwa.alpha.masked_fill(~dwa.mask, 0)
-        dwa.alpha.copy_(torch.where(alpha.any(dim=1, keepdim=True), alpha, dwa.initial))
+    alpha = model.dwa.alpha
+    initial = alpha.clone()
+    model.load_state_dict(weights)
+    for i, row in enumerate(model.dwa.rows):
+        kept = alpha[i, row].clone()
+        alpha[i] = initial[i]
+        if kept.any():
+            alpha[i] = 0
+            alpha[i, row] = kept
 
 
-class Log:
-    """log.jsonl: one JSON object per line."""
+def load_state(checkpoint: dict[str, Any], model: DenseFormer, optimizers: list, scaler: Any):
+    """Load what --resume needs. Weight decay and betas stay those of the flags."""
+    model.load_state_dict(checkpoint["model"])
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state | {"param_groups": groups})
+    if checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
 
-    def __init__(self, path: Path, step: int):
-        """Open the log to append, dropping entries later than the checkpoint at `step`."""
-        kept = []
-        for line in path.read_text().splitlines() if step and path.exists() else []:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # skip a truncated line
-                entry = json.loads(line)
-                if entry["step"] < step or (entry["step"] == step and "loss" in entry):
-                    kept.append(line + "\n")
-        with open_new(path) as file:
-            file.write("".join(kept).encode())
-        self.path = path
 
-    def write(self, **entry):
-        with self.path.open("a") as file:
-            file.write(json.dumps({k: v for k, v in entry.items() if v is not None}) + "\n")
+def lock_folder(out_dir: Path) -> contextlib.AbstractContextManager:
+    """Make the folder, if necessary, and return a context that keeps other runs out of it. Raises
+    UserError if another run is training there."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if RANK > 0:
+        return contextlib.nullcontext()
+    try:
+        return FileLock(out_dir / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another run is training in {out_dir}: wait for it, or use another --out_dir"
+        ) from None
+
+
+class Run:
+    """What a run writes: best.pt, last.pt and log.jsonl. Only rank 0 writes.
+
+    best.pt has the lowest validation loss. All evaluations read the same tokens, eval_iters steps'
+    worth, the one at the last step too, so that their losses can be compared.
+    """
+
+    # what the scripts write beside these, and --overwrite removes
+    OTHERS = ("loss.png", "pruned.pt", "alpha.png", "alpha-steps.png", "cosine.png", "dropped.png",
+              "singular.png")  # fmt: skip
+
+    def __init__(self, config: Any, model: DenseFormer, tokenizer: Tokenizer, fingerprint: str):
+        self.out_dir, self.model, self.best_val_loss = Path(config.out_dir), model, math.inf
+        self.facts = {
+            "model_config": asdict(model.config), "train_config": asdict(config),
+            "tokenizer": tokenizer.state(), "fingerprint": fingerprint,
+        }  # fmt: skip
+
+    def resume(self, step: int, val_loss: float | None, best_val_loss: float):
+        """Continue the log of a run that was saved at this step."""
+        self.best_val_loss = best_val_loss
+        if RANK == 0:
+            trim_log(self.out_dir / "log.jsonl", step)
+            self.write(step=step, val_loss=val_loss)
+
+    def save(self, step: int, val_loss: float | None, optimizers: list, scaler: Any):
+        """Save last.pt; and best.pt, if the validation loss, where known, is the lowest so far.
+
+        Raises UserError if a weight is not finite, or the disk is full.
+        """
+        self.check_finite(step, self.model.parameters())
+        is_best = val_loss is not None and val_loss < self.best_val_loss
+        if is_best:
+            self.best_val_loss = val_loss
+        if RANK > 0:
+            return
+        best = self.facts | {
+            "model": self.model.state_dict(), "step": step, "val_loss": val_loss,
+            "best_val_loss": self.best_val_loss,
+        }  # fmt: skip
+        states = [optimizer.state_dict() for optimizer in optimizers]  # twice the size of the model
+        if is_best or step == 0:
+            save_checkpoint(self.out_dir / "best.pt", best)
+        last = best | {"optimizers": states, "scaler": scaler.state_dict()}
+        save_checkpoint(self.out_dir / "last.pt", last)
+        if step == 0:  # until here, --overwrite has kept the old run
+            trim_log(self.out_dir / "log.jsonl", step)
+            for name in self.OTHERS:
+                (self.out_dir / name).unlink(missing_ok=True)
+        self.write(step=step, val_loss=val_loss)
+
+    def start_clock(self):
+        self.time, self.tokens = time.perf_counter(), 0
+
+    def log(self, step: int, loss: Tensor, lr: float):
+        """Print and write the loss, and the speed since the clock was started, which counts
+        self.tokens. Raises UserError if the loss is not finite."""
+        mean = all_reduce(loss.item()) / WORLD_SIZE  # waits for the GPU
+        self.check_finite(step, [torch.tensor(mean)])
+        speed = self.tokens / max(time.perf_counter() - self.time, 1e-9)
+        peak = peak_flops(loss.device)
+        mfu = speed * self.model.flops_per_token() / (peak * WORLD_SIZE) if peak else None
+        say(f"step {step}: loss {mean:.4f}, lr {lr:.1e}, {speed:,.0f} tokens/s"
+            f"{f', mfu {mfu:.1%}' if mfu else ''}")  # fmt: skip
+        self.write(step=step, loss=mean, lr=lr, tokens_per_second=round(speed), mfu=mfu)
+        self.start_clock()
+
+    def check_finite(self, step: int, tensors: Iterable[Tensor]):
+        if not all(t.isfinite().all() for t in tensors):
+            raise UserError(
+                f"training has diverged at step {step}: a loss or a weight is not finite. "
+                f"{self.out_dir}/last.pt is still good; try a lower --learning_rate or more "
+                f"--warmup_iters"
+            )
+
+    def write(self, step: int, **entry: Any):
+        """Append a line to log.jsonl, with what is not None."""
+        known = {name: value for name, value in entry.items() if value is not None}
+        if RANK == 0 and known:
+            with (self.out_dir / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step} | known) + "\n")
+
+
+def trim_log(path: Path, step: int):
+    """Drop what log.jsonl holds beyond a checkpoint at `step`, and validation losses at `step`."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line may be cut short
+            entry = json.loads(line)
+            if entry["step"] < step or (entry["step"] == step and {"loss", "alpha"} & entry.keys()):
+                kept.append(line + "\n")
+    with open_new(path) as file:
+        file.write("".join(kept).encode())

@@ -9,23 +9,23 @@ from torch import Tensor
 LEVELS = (0.01, 0.03, 0.1, 0.3)  # the smallest |alpha| of each shade
 
 
-def text_heat_map(alpha: Tensor, mask: Tensor, max_rows: int | None = None) -> str:
-    """Return alpha and mask, (L, L + 1), as text: one line per DWA and one character per alpha.
+def text_heat_map(alpha: Tensor, rows: list[list[int]], max_rows: int | None = None) -> str:
+    """Return alpha, (L + 1, L + 1), as text: one line per DWA and one character per alpha, which is
+    blank where rows, the lists of the j that each DWA reads, do not have it.
 
     A model deeper than max_rows is shown by that many evenly spaced rows.
     """
-    L = len(alpha)
-    shown = np.linspace(1, L, min(L, max_rows or L)).round().astype(int).tolist()
+    L = len(rows) - 1
     lines = []
-    for i in shown:
-        if not mask[i - 1].any():
+    for i in np.linspace(1, L, min(L, max_rows or L)).round().astype(int).tolist():
+        if not rows[i]:
             lines.append(f"Y_{i:<3}= X_{i}")
             continue
-        cells = ""
-        for a, trained in zip(alpha[i - 1, : i + 1].tolist(), mask[i - 1].tolist(), strict=False):
-            shade = sum(abs(a) >= level for level in LEVELS) if trained else 0
-            cells += (" .-=#" if a < 0 else " ░▒▓█")[shade]
-        lines.append(f"Y_{i:<3}|{cells}|")
+        cells = [" "] * (i + 1)
+        for j in rows[i]:
+            a = alpha[i, j].item()
+            cells[j] = (" .-=#" if a < 0 else " ░▒▓█")[sum(abs(a) >= level for level in LEVELS)]
+        lines.append(f"Y_{i:<3}|{''.join(cells)}|")
     key = "|alpha| at least 0.01, 0.03, 0.1, 0.3:  positive ░ ▒ ▓ █  negative . - = #"
     return "\n".join(["     X_0 ... X_i", *lines, key])
 

@@ -1,16 +1,14 @@
-"""The optimizers: AdamW, and Muon for the matrices inside the blocks; a micro-batch as CUDA graphs.
+"""The optimizers: AdamW, and Muon for the matrices inside the blocks.
 
 Muon (Jordan et al., kellerjordan.github.io/posts/muon) is SGD with momentum that replaces each
 update matrix with the nearest orthogonal one, so that all directions are learned at equal speed.
 The update is scaled so that AdamW's learning rate and weight decay suit it (arXiv 2502.16982).
 """
 
-import warnings
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from denseformer import DenseFormer
 
@@ -66,62 +64,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            momentum, by_shape = group["momentum"], defaultdict(list)
+            lr, momentum = group["lr"], group["momentum"]
+            batches = defaultdict(list)  # {(m, n): [(parameter, its update or the transposed)]}
             for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[p.shape].append(p)
-            for (rows, columns), params in by_shape.items():
-                updates = []
-                for p in params:
-                    state = self.state[p]
-                    if not state:
-                        state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov
-                scale = 0.2 * max(rows, columns) ** 0.5  # an update of RMS 0.2 lr, typical of AdamW
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(state["momentum"], momentum)  # Nesterov
+                wide = update if p.size(0) <= p.size(1) else update.mT
+                batches[wide.shape].append((p, wide))
+            for (_, n), batch in batches.items():
+                scale = 0.2 * n**0.5  # gives the update an RMS of 0.2 lr, typical of AdamW
+                params, updates = zip(*batch, strict=True)
                 for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * scale)
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update if p.shape == update.shape else update.mT, alpha=-lr * scale)
 
 
 def orthogonalize(G: Tensor) -> Tensor:
-    """Return an approximation of U V^T for each matrix G = U S V^T of a batch, (..., m, n).
+    """Return an approximation of U V^T for each matrix G = U S V^T of a batch, (B, m, n), m <= n.
 
     Five Newton-Schulz steps, each applying a s + b s^3 + c s^5 to the singular values s of G / |G|,
     bring all but the smallest of them to between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.mT if G.size(-2) > G.size(-1) else G  # the smaller side first
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    X = G / G.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if G.size(-2) > G.size(-1) else X
-
-
-class MicroBatchLoss(nn.Module):
-    """The loss of a micro-batch, (B, T) token ids and targets, under autocast."""
-
-    def __init__(self, model: nn.Module, autocast: torch.autocast):
-        super().__init__()
-        self.model, self.autocast = model, autocast
-
-    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        with self.autocast:
-            return self.model(idx, targets)[1]
-
-    def record(self, shape: tuple[int, int], device: torch.device, pool=None) -> Callable:
-        """Return this as two CUDA graphs, of the forward and the backward pass.
-
-        Launching the kernels of a small model takes longer than running them; a graph is one
-        launch. Each backward pass overwrites the gradients of the last one: set them to None in
-        between. Graphs that never run at the same time can share a memory pool.
-        """
-        # Recording uses a stream of its own, which autograd then synchronizes with that of the
-        # training loop: correct, and the time is not noticeable.
-        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-        sample = torch.zeros(2, *shape, dtype=torch.long, device=device)
-        with torch.cuda.device(device):  # else the graphs would record the current one
-            return torch.cuda.make_graphed_callables(
-                self, tuple(sample), allow_unused_input=True, pool=pool
-            )
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
+    return X
