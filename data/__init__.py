@@ -12,7 +12,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from data.cache import TRIES, cache_dir, fetch, import_extra, make_once
+from data.cache import TRIES, cache_dir, fetch, import_extra, innermost, make_once
 from data.dataset import Dataset
 from data.text import from_files, from_path
 from data.tokenizer import Choice
@@ -110,4 +110,4 @@ def fetch_openwebtext(n: int) -> list[Path]:
     try:
         return [Path(get(SHARD.format(i))) for i in range(n)]
     except Exception as error:  # its releases use different HTTP libraries, with their own errors
-        raise UserError(f"cannot download openwebtext: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot download openwebtext: {innermost(error)}") from None

@@ -90,7 +90,7 @@ def innermost(error: BaseException) -> str:
     """Return the reason behind an error, without what each library wraps around it."""
     while cause := error.__cause__ or error.__context__:
         error = cause
-    return getattr(error, "strerror", None) or str(error)
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())
 
 
 def import_extra(name: str):
