@@ -69,7 +69,7 @@ class Formula:
     """The X_j of one forward pass; autograd computes the gradients."""
 
     def __init__(self, alpha: Tensor, rows: Rows, x: Tensor):
-        self.alpha, self.rows, self.read = alpha.unbind(), rows, set().union(*rows)
+        self.alpha, self.rows, self.read = alpha, rows, set().union(*rows)
         self.X, self.shape = [], x.shape
         self.step(0, x)
 
@@ -117,7 +117,6 @@ class DWA(nn.Module):
         """Return the number of trained scalars: L(L+3)/2 for 1x1, as in the paper."""
         return sum(map(len, self.rows))
 
-    @torch.enable_grad()  # alpha learns even if X_0 is computed under no_grad
     def forward(self, x: Tensor) -> "Formula | InPlace":
         """Begin a forward pass with X_0; its step(i, x) takes X_i and returns Y_i."""
         full = self.num_params() == self.n_layer * (self.n_layer + 3) // 2
@@ -519,11 +518,11 @@ def mv(A: Tensor, v: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 class InPlaceStep(torch.autograd.Function):
     """A step as autograd sees it. Each step hands `order` to the next, so that the backward steps
-    run from L down to 0. Step 0, which receives alpha as its order, returns the gradient of it."""
+    run from L down to 0. The first, which receives alpha as its order, returns its gradient."""
 
     @staticmethod
     def forward(ctx, x, order, buffer, i):
-        ctx.buffer, ctx.i = buffer, i
+        ctx.buffer, ctx.i, ctx.first = buffer, i, order.dim() == 2
         ctx.set_materialize_grads(False)  # None says: nothing reads Y_i, or no later step has run
         return buffer.forward(i, x), order.new_empty(0)
 
@@ -534,7 +533,7 @@ class InPlaceStep(torch.autograd.Function):
             why = "a DWA in place has one backward pass and no second derivatives"
             raise RuntimeError(f"{why}; DWA(..., impl='naive') has neither limit")
         dx = buffer.backward(ctx.i, g)
-        if ctx.i > 0 and ctx.needs_input_grad[1]:
+        if not ctx.first and ctx.needs_input_grad[1]:
             return dx, dx.new_empty(0), None, None
         del buffer.X  # no earlier step has gradients
         return dx, buffer.dalpha, None, None
@@ -545,8 +544,8 @@ class InPlace:
     cycle would keep its memory until garbage collection."""
 
     def __init__(self, alpha: Tensor, buffer: Buffer, x: Tensor):
-        self.buffer = buffer
-        _, self.order = InPlaceStep.apply(x, alpha, buffer, 0)
+        self.buffer, self.order = buffer, alpha
+        self.step(0, x)
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""

@@ -88,7 +88,7 @@ class TiledDWA(DWA):
         self.register_buffer("read", read, persistent=False)
         self.register_buffer("same", torch.diag(~read.any(dim=1)), persistent=False)
 
-    @torch.enable_grad()  # as in DWA
+    @torch.enable_grad()  # alpha learns even if X_0 is computed under no_grad
     def forward(self, x: Tensor) -> Formula | InPlace:
         """Begin a forward pass with X_0; its step(i, x) takes X_i and returns Y_i."""
         # The traffic in tiles does not depend on the pattern. It equals that of the formula at
