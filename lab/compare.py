@@ -44,7 +44,7 @@ Run = tuple[str, ...]  # the command that trains a row, without --out_dir
 SMALL = shlex.split(
     "--preset cpu --n_layer 24 --n_head 2 --n_embd 48 --block_size 128 --batch_size 8 "
     "--max_iters 2000 --warmup_iters 200 --optimizer adamw --weight_decay 0.1 --dwa_lr_scale 1 "
-    "--eval_interval 1000000 --eval_iters 1000000"
+    "--eval_interval 1000000 --eval_iters 1 --final_eval_iters 1000000"
 )
 
 
@@ -108,7 +108,7 @@ class Runs:
         shape, weights = checkpoint["model_config"], checkpoint["model"]
         alphas = sum(map(len, dwa_rows(shape["dwa"], shape["n_layer"])))
         others = sum(w.numel() for name, w in weights.items() if name != "dwa.alpha")
-        loss = [entry["val_loss"] for entry in log if "val_loss" in entry][-1]
+        loss = [entry["final_val_loss"] for entry in log if "final_val_loss" in entry][-1]
         return {"val_loss": loss, "parameters": others + alphas, "log": f"{out_dir}/log.jsonl"}
 
 

@@ -301,7 +301,8 @@ def test_compare_tunes_pairs_and_resumes(tmp_path, monkeypatch, capsys):
         out_dir = tmp_path / given["--out_dir"]
         out_dir.mkdir(parents=True)
         loss = LOSSES[given["--dwa"], given["--learning_rate"]][int(given["--seed"]) - 1]
-        log = [{"step": 0, "val_loss": 9.0}, {"step": 5, "val_loss": loss}, {"step": 5, "x": 1}]
+        log = [{"step": 0, "val_loss": 9.0}, {"step": 5, "val_loss": 8.0}]
+        log += [{"step": 5, "final_val_loss": loss}, {"step": 5, "alpha": []}]
         (out_dir / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
 
     rows = {"alpha": torch.zeros(3, 3), "w": torch.zeros(100)}
