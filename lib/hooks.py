@@ -105,9 +105,7 @@ def hide(function, *args):
 def unpack(saved: tuple[Tensor, int]) -> Tensor:
     x, version = saved
     if x._version != version:  # autograd's own check, which saved_tensors_hooks switches off
-        raise RuntimeError(
-            "a block modified its input in place, but a DWA reads it: clone it there"
-        )
+        raise RuntimeError("alpha changed between the forward and the backward pass of a DWA")
     return x
 
 
