@@ -26,7 +26,6 @@ peak of a training step.
 
 import copy
 import json
-import math
 import os
 import shlex
 import statistics
@@ -229,11 +228,8 @@ class Traffic(TorchDispatchMode):
         if not func.is_view and not name.startswith(free):
             reads = args[1:] if name in ("copy_", "fill_", "zero_", "new_zeros") else args
             for tensor in tree_leaves((reads, out)):
-                if isinstance(tensor, Tensor):
-                    # an expanded tensor is stored once
-                    shape = zip(tensor.shape, tensor.stride(), strict=True)
-                    numbers = math.prod(size for size, stride in shape if stride)
-                    self.bytes += numbers * tensor.itemsize if numbers >= self.N else 0
+                if isinstance(tensor, Tensor) and tensor.numel() >= self.N:
+                    self.bytes += tensor.nbytes
         return out
 
 
