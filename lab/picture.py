@@ -33,6 +33,7 @@ text { fill: #1f2328; font: 14px system-ui, "Segoe UI", Helvetica, Arial, sans-s
 .code { font: 600 14px ui-monospace, Menlo, Consolas, "Liberation Mono", monospace }
 .math { font: italic 18px "STIX Two Text", "Times New Roman", Times, serif }
 .small { font-size: 13px }
+.sum { font-size: 15px }
 text.shown { fill: #0550ae }
 .center { text-anchor: middle }
 """
@@ -107,16 +108,23 @@ def network():
             if shown:
                 yield text(X[j] - 37, Y[i] - 10, f"{ALPHA}_{{{i},{j}}}", "math shown")
 
-    x, y = 341, 46
+    x, y = 341, 38
+    for symbol, meaning in (
+        ("X_{i}", "output of block i; X_{0} is the embedding"),
+        ("Y_{i}", "weighted sum that block i + 1 reads"),
+        (f"{ALPHA}_{{i,j}}", "learned weight of X_{j} in Y_{i}"),
+    ):
+        yield text(x, y, symbol, "math") + text(x + 38, y, meaning, "note")
+        y += 24
     total = " + ".join(f"{ALPHA}_{{{SHOWN},{j}}} X_{{{j}}}" for j in range(SHOWN + 1))
-    yield text(x, y, f"Y_{{{SHOWN}}} = {total}", "math shown")
-    yield text(x, y + 23, f"is the input of block {SHOWN + 1}", "note")
-    yield line("plain", (x, y + 54), (x + 22, y + 54))
-    yield text(x + 30, y + 59, "plain Transformer", "note")
-    yield line("added", (x + 168, y + 54), (x + 190, y + 54))
-    yield text(x + 198, y + 59, "added by DWA", "note")
-    yield dot("one", x + 11, y + 79, 6) + text(x + 30, y + 84, f"{ALPHA}, initially 1", "note")
-    yield dot("zero", x + 179, y + 79, 6) + text(x + 198, y + 84, f"{ALPHA}, initially 0", "note")
+    yield text(x, y + 14, f"Y_{{{SHOWN}}} = {total}", "math sum shown")
+    y += 44
+    yield line("plain", (x, y - 5), (x + 22, y - 5))
+    yield text(x + 30, y, "plain Transformer", "note")
+    yield line("added", (x + 168, y - 5), (x + 190, y - 5))
+    yield text(x + 198, y, "added by DWA", "note")
+    yield dot("one", x + 11, y + 19, 6) + text(x + 30, y + 24, f"{ALPHA}, initially 1", "note")
+    yield dot("zero", x + 179, y + 19, 6) + text(x + 198, y + 24, f"{ALPHA}, initially 0", "note")
 
 
 def grid(left, top, k, p, words):
