@@ -3,6 +3,8 @@
 python -m lab.analyze                             the run in out/
 python -m lab.analyze --plain out-plain           compare with a plain Transformer on the same data
 python -m lab.analyze --prune 0.8                 drop the smallest 80% of the alphas: out/pruned.pt
+python train.py --init_from out/pruned.pt --learning_rate 1.5e-3 --out_dir out-pruned
+                                                  and train on, at a tenth of the run's rate
 
 alpha.png        the alphas as a heat map                                     (the paper's Figure 5)
 alpha-steps.png  the alphas during training                                   (Figure 10)
@@ -13,9 +15,9 @@ singular.png     singular values of the weights, averaged over the blocks     (F
 
 import json
 import math
-import shlex
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -135,13 +137,9 @@ def save_pruned(run: Run, fraction: float, out_dir: Path):
         out_dir / "pruned.pt", run.checkpoint | {"model": weights, "model_config": config}
     )
     off = [sum(j < i for i, row in enumerate(dwa.rows) for j in row) for dwa in (after, before)]
-    rate = run.checkpoint["train_config"]["learning_rate"] / 10
     print(
         f"\n{out_dir}/pruned.pt has {after.num_params():,} of {before.num_params():,} alphas, "
-        f"{off[0]:,} of {off[1]:,} off the diagonal: validation perplexity {run.perplexity():.3f}\n"
-        f"to continue training, at a tenth of the rate: python train.py --init_from "
-        f"{shlex.quote(f'{out_dir}/pruned.pt')} --learning_rate {rate:g} --out_dir "
-        f"{shlex.quote(f'{out_dir}-pruned')}"
+        f"{off[0]:,} of {off[1]:,} off the diagonal: validation perplexity {run.perplexity():.3f}"
     )
 
 
@@ -197,25 +195,15 @@ def plot_alphas(alphas: dict[str, Tensor], rows: Rows, width: float, height: flo
     return figure
 
 
-def plot_cosines(cosines: dict[str, list[float]]):
+def plot_lines(lines: dict[str, list[float]], x: list[float], zero: float, **labels):
+    """Draw each of {name: y} over x, and a horizontal line at `zero`."""
     figure, axes = new_figure((6.5, 3.8))
-    for name, values in cosines.items():
-        axes.plot(values, "o-", label=name, markersize=3.5)
-    axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.set(xlabel="$i$ (after block $i$)", ylabel="cosine similarity of $Y_i$ to $X_0$")
-    axes.locator_params(axis="x", integer=True)
+    for name, y in lines.items():
+        axes.plot(x[: len(y)], y, "o-", label=name, markersize=3.5)
+    axes.axhline(zero, color="0.6", linewidth=0.8)
+    axes.set(**labels)
     axes.grid(alpha=0.3)
     axes.legend()
-    return figure
-
-
-def plot_dropped(fractions: list[float], perplexities: list[float]):
-    figure, axes = new_figure((6.5, 3.8))
-    axes.plot([100 * f for f in fractions], perplexities, "o-", markersize=4)
-    axes.axhline(perplexities[0], color="0.6", linewidth=0.8)
-    axes.set(xlabel="smallest alphas dropped (%)", ylabel="validation perplexity")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
     return figure
 
 
@@ -240,37 +228,39 @@ def main(argv=None):
     out_dir, run, plots = Path(config.out_dir), Run(config.out_dir, config), {}
     alpha, rows, L = run.model.dwa.alpha.detach().cpu(), run.model.dwa.rows, run.model.dwa.n_layer
     pattern = run.model.dwa.pattern if isinstance(run.model.dwa.pattern, str) else "pruned"
-    runs = {f"DenseFormer {pattern}" if any(rows) else "Transformer": run}
+    name = f"DenseFormer {pattern}" if any(rows) else "Transformer"
+    runs = {name: run}
     if config.prune and not any(rows):
         raise UsageError(f"--prune: the model in {out_dir} has no alphas")
     if config.plain:
         plain = runs["plain Transformer"] = Run(config.plain, config)
         if plain.model.dwa.num_params():
             raise UsageError(f"--plain: the model in {config.plain} is a DenseFormer")
-        if plain.checkpoint["fingerprint"] != run.checkpoint["fingerprint"]:
-            raise UsageError(f"--plain: {config.plain} was trained on other data than {out_dir}")
 
     if any(rows):
         print(text_heat_map(alpha, rows))
         step, size = run.checkpoint["step"], min(9.0, max(4.5, 1.8 + 0.32 * L))
-        title = f"DenseFormer {pattern}, step {step:,}"
-        plots["alpha"] = plot_alphas, {title: alpha}, rows, size, 0.85 * size
+        title = f"{name}, step {step:,}"
+        plots["alpha"] = partial(plot_alphas, {title: alpha}, rows, size, 0.85 * size)
         if snapshots := read_snapshots(out_dir / "log.jsonl", step):
-            plots["alpha-steps"] = plot_alphas, snapshots, rows, 2.3, 2.6
+            plots["alpha-steps"] = partial(plot_alphas, snapshots, rows, 2.3, 2.6)
 
     cosines = {name: run.cosines() for name, run in runs.items()}
     depth = min(map(len, cosines.values())) - 1
     shown = sorted({round(depth * k / 8) for k in range(9)})
     table = [[i, *(c[i] for c in cosines.values())] for i in shown]
     print_table("cosine similarity of Y_i to the embedding X_0", ["i", *cosines], table)
-    plots["cosine"] = plot_cosines, cosines
+    labels = {"xlabel": "$i$ (after block $i$)", "ylabel": "cosine similarity of $Y_i$ to $X_0$"}
+    plots["cosine"] = partial(plot_lines, cosines, [*range(999)], 0.0, **labels)
 
     if any(rows):
         fractions = [n / 20 for n in range(11)]
         perplexities = run.dropped(fractions)
         table = [[f"{f:.0%}", p] for f, p in zip(fractions, perplexities, strict=True)]
         print_table("validation perplexity without the smallest alphas", ["dropped", ""], table)
-        plots["dropped"] = plot_dropped, fractions, perplexities
+        labels = {"xlabel": "smallest alphas dropped (%)", "ylabel": "validation perplexity"}
+        lines, percent = {name: perplexities}, [100 * f for f in fractions]
+        plots["dropped"] = partial(plot_lines, lines, percent, perplexities[0], **labels)
 
     values = {name: run.singular_values() for name, run in runs.items()}
     means = [
@@ -278,11 +268,11 @@ def main(argv=None):
         for kind in next(iter(values.values()))
     ]
     print_table("mean singular value of each weight matrix, over all blocks", ["", *values], means)
-    plots["singular"] = plot_singular_values, values
+    plots["singular"] = partial(plot_singular_values, values)
 
     try:
-        for file, (plot, *arguments) in plots.items():
-            plot(*arguments).savefig(out_dir / f"{file}.png", dpi=150)
+        for file, plot in plots.items():
+            plot().savefig(out_dir / f"{file}.png", dpi=150)
         print(f"\nsaved in {out_dir}: {', '.join(f'{file}.png' for file in plots)}")
     except ImportError:
         print("\nfor the plots: pip install matplotlib")

@@ -56,8 +56,6 @@ from lib.tiled import make_dwa
 Results = dict[str, dict[str, list[float]]]  # {column: {row: values}}
 
 ROWS = "plain, 1x1 naive, 1x1 inplace, 1x1 tiled, 1x1 tensordot"
-COMPILE_HELP = "compile blocks and loss; on a GPU, also record CUDA graphs"
-MODEL_HELP = "add rows for the whole model under torch.compile: plain and 1x1 naive"
 
 
 @dataclass
@@ -70,8 +68,8 @@ class BenchConfig:
     block_size: int = flag(128, "tokens per sequence", low=4)
     vocab_size: int = flag(65, "vocabulary size", low=1)
     dtype: str = flag("float32", "dtype of activations", choices=("float32", "bfloat16"))
-    compile: bool = flag(False, COMPILE_HELP)
-    compile_model: bool = flag(False, MODEL_HELP)
+    compile: bool = flag(False, "compile blocks and loss; on a GPU, record CUDA graphs")
+    compile_model: bool = flag(False, "add plain and 1x1 naive, compiled as a whole")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
     rounds: int = flag(15, "measurements of each row", low=1)
     json: str | None = flag(None, "file to write all times to", read=path)

@@ -38,8 +38,6 @@ from lib.files import UserError, open_new, progress_bar
 from lib.flags import flag, parse_flags, path, run_cli
 
 LAB = Path(__file__).parent
-Run = tuple[str, ...]  # the command that trains a row, without --out_dir
-
 # Flags of all runs: a model of half the paper's depth that trains in minutes on a CPU.
 SMALL = shlex.split(
     "--preset cpu --n_layer 24 --n_head 2 --n_embd 48 --block_size 128 --batch_size 8 "
@@ -68,14 +66,14 @@ class CompareConfig:
     out_dir: str = flag("out-lab", "folder for the runs", read=path)
 
 
-def command(row: str, shared: list[str], seed: float, rate: float) -> Run:
-    """Return the run of a row. Raises UsageError for a row without flags that is no model."""
+def command(row: str, shared: list[str], seed: float, rate: float) -> str:
+    """Return the command that trains a row, without --out_dir; it is the name of the run."""
     name, *flags = re.split(r" +(?=--)", row)
     program = ["lab.variants", name] if is_variant(name) else ["train"]
     if not flags and program == ["train"]:
-        flags = ["--dwa", "none" if name == "plain" else name]
+        flags = ["--dwa none" if name == "plain" else f"--dwa {name}"]
     rates = f"--seed {seed:g} --learning_rate {rate:g} --min_lr {rate / 10:g}"
-    return (*program, *shared, *shlex.split(" ".join(flags)), *shlex.split(rates))
+    return " ".join([*program, shlex.join(shared), *flags, rates])
 
 
 class Runs:
@@ -85,24 +83,22 @@ class Runs:
         self.config, self.file = config, LAB / f"{config.name}.json"
         self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
 
-    def __getitem__(self, run: Run) -> dict:
-        return self.done[shlex.join(run)]
-
-    def train(self, todo: list[Run]):
+    def train(self, todo: list[str]):
         """Train what is not done yet, --jobs runs at a time."""
-        todo = [run for run in dict.fromkeys(todo) if shlex.join(run) not in self.done]
+        todo = [run for run in dict.fromkeys(todo) if run not in self.done]
         bar = progress_bar("training", len(todo), "run")
         with bar, ThreadPoolExecutor(self.config.jobs) as pool:
             for run, result in zip(todo, pool.map(self.train_one, todo), strict=True):
-                self.done[shlex.join(run)] = result
+                self.done[run] = result
                 with open_new(self.file) as file:
                     file.write((json.dumps(self.done, indent=1) + "\n").encode())
                 bar.update()
 
-    def train_one(self, run: Run) -> dict:
-        name = f"{self.config.name}-{zlib.crc32(shlex.join(run).encode()):08x}"
+    def train_one(self, run: str) -> dict:
+        name = f"{self.config.name}-{zlib.crc32(run.encode()):08x}"
         out_dir = Path(self.config.out_dir) / name
-        call([*run, "--out_dir", str(out_dir), "--overwrite"], self.config.jobs)
+        words = [*shlex.split(run), "--out_dir", str(out_dir), "--overwrite"]
+        call(words, self.config.jobs)
         log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
         checkpoint = load_checkpoint(out_dir / "last.pt")
         shape, weights = checkpoint["model_config"], checkpoint["model"]
@@ -150,17 +146,19 @@ def main(argv=None):
     shared, runs, rows, rates = [*SMALL, *argv[end + 1 :]], Runs(config), config.rows, config.rates
 
     # the better rate, on the first seed
-    def run(row: str, seed: float, rate: float) -> Run:
+    def run(row: str, seed: float, rate: float) -> str:
         return command(row, shared, seed, rate)
 
     first = config.seeds[0]
     runs.train([run(row, first, rate) for rate in rates for row in rows])
-    tried = {row: {rate: runs[run(row, first, rate)]["val_loss"] for rate in rates} for row in rows}
+    tried = {
+        row: {rate: runs.done[run(row, first, rate)]["val_loss"] for rate in rates} for row in rows
+    }
     best = {row: min(losses, key=losses.__getitem__) for row, losses in tried.items()}
 
     # all rows of one seed, then the next seed
     runs.train([run(row, seed, best[row]) for seed in config.seeds for row in rows])
-    done = {row: [runs[run(row, seed, best[row])] for seed in config.seeds] for row in rows}
+    done = {row: [runs.done[run(row, seed, best[row])] for seed in config.seeds] for row in rows}
     losses = {row: [d["val_loss"] for d in of_seed] for row, of_seed in done.items()}
 
     seeds = [f"seed {seed:g}" for seed in config.seeds]
