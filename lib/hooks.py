@@ -9,12 +9,13 @@ The outputs stay the same to the bit until training changes `model.dwa.alpha`. T
 model.dwa up whenever they run, so whatever stands there acts: the DWA, a copy that peft trains, or
 another DWA that you set.
 
-Compile a model after add_dwa: hooks added later are ignored without a word. torch.compile(model),
-block.compile() and accelerate's compile_regions take the hooks into their graphs, so the formula
-runs, with the same result. `block.forward = torch.compile(block.forward)` stays in place.
-
-transformers' gradient checkpointing works as always. Other checkpointing may wrap each block with
-use_reentrant=False, or in any way if it comes first and add_dwa gets the wrapped blocks.
+- Compile after add_dwa: hooks added later are ignored without a word. torch.compile(model),
+  block.compile() and accelerate's compile_regions take the hooks into their graphs, so the formula
+  runs, with the same result. `block.forward = torch.compile(block.forward)` stays in place.
+- transformers' gradient checkpointing works as always. Other checkpointing may wrap each block with
+  use_reentrant=False, or in any way if it comes first and add_dwa gets the wrapped blocks.
+- torch.fx needs a Tracer whose is_leaf_module is true for a DWA.
+- The hooks refer to the model, so its memory is freed by gc.collect(), not by `del model` alone.
 """
 
 import threading

@@ -265,6 +265,8 @@ def test_other_blocks():
         X.append(nn.functional.linear(y, block.weight, block.bias))
         y = sum(alpha[i, j] * X[j] for j in range(i + 1))
     torch.testing.assert_close(model(x), y)
+    torch.testing.assert_close(model.forward(x), y)  # as peft calls it, without hooks around it
+    assert not calls.passes
     block = model.blocks[2]  # alone, a plain block
     assert block(x)[0].equal(nn.functional.linear(x, block.weight, block.bias))
     tracer = torch.fx.Tracer()
