@@ -257,7 +257,9 @@ def main(argv=None):
         fractions = [n / 20 for n in range(11)]
         perplexities = run.dropped(fractions)
         table = [[f"{f:.0%}", p] for f, p in zip(fractions, perplexities, strict=True)]
-        print_table("validation perplexity without the smallest alphas", ["dropped", ""], table)
+        print_table(
+            "validation perplexity without the smallest alphas", ["dropped", "perplexity"], table
+        )
         labels = {"xlabel": "smallest alphas dropped (%)", "ylabel": "validation perplexity"}
         lines, percent = {name: perplexities}, [100 * f for f in fractions]
         plots["dropped"] = partial(plot_lines, lines, percent, perplexities[0], **labels)

@@ -6,6 +6,7 @@ import re
 import shlex
 import statistics
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,53 +20,19 @@ from lab import analyze, bench, compare, variants
 from lib.checkpoint import load_checkpoint
 from lib.files import UserError
 from lib.flags import UsageError
+from tests.helpers import SMALL, flags
 
 CPU = torch.device("cpu")
 TINY = DenseFormerConfig(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=16, dwa="none")
-
-
-def flags(**settings):
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-SMALL = {
-    "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "device": "cpu",
-    "max_iters": 40, "eval_interval": 10, "learning_rate": 3e-3, "warmup_iters": 5,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with my.txt and the runs dense and plain."""
-    folder = tmp_path_factory.mktemp("lab")
-    words = np.random.default_rng(0).choice(["to ", "be ", "or ", "not\n", "that "], 2000)
-    (folder / "my.txt").write_text("".join(words))
-    for name, dwa in (("dense", "1x1"), ("plain", "none")):
-        same = SMALL | {"dataset": folder / "my.txt", "out_dir": folder / name}
-        assert train.main(flags(**same, dwa=dwa)) == 0
-    return folder
-
-
-def randomize(model, scale=0.1):
-    """Move the alphas that a DWA reads off their initial values."""
-    generator = torch.Generator().manual_seed(0)
-    for i, row in enumerate(model.dwa.rows):
-        model.dwa.alpha.data[i, row] += scale * torch.randn(len(row), generator=generator)
 
 
 # -----------------------------------------------------------------------------
 # analyze
 
 
-def make_dwa(pattern, alpha):
-    dwa = DWA(len(alpha) - 1, pattern)
-    dwa.alpha.data = torch.tensor(alpha)
-    return dwa
-
-
 def test_prune_keeps_the_largest():
-    alpha = [[1.0, 0, 0], [0.5, 1.0, 0], [0.1, -0.3, 0.2]]
-    dwa = make_dwa("1x1", alpha)
+    dwa = DWA(2)
+    dwa.alpha.data = torch.tensor([[1.0, 0, 0], [0.5, 1.0, 0], [0.1, -0.3, 0.2]])
     assert analyze.prune(dwa, 0).rows == dwa.rows
     pruned = analyze.prune(dwa, 0.4)
     assert pruned.pattern == pruned.rows == [[], [0, 1], [1]]
@@ -75,9 +42,9 @@ def test_prune_keeps_the_largest():
     assert pruned.alpha.allclose(torch.tensor([[1, 0, 0], [0.5, 1, 0], [0, 0, 1]]))
 
 
-def test_measurements(runs):
+def test_measurements(trained):
     """Perplexity, cosines, and the loss without the smallest alphas, by the formula."""
-    run = analyze.Run(runs / "dense", analyze.AnalyzeConfig(tokens=10**6, device="cpu"))
+    run = analyze.Run(trained / "dense", analyze.AnalyzeConfig(tokens=10**6, device="cpu"))
     best = run.checkpoint["best_val_loss"]
     assert math.log(run.perplexity()) == pytest.approx(best, abs=1e-5)
     n, model = (len(run.val) - 1) // 16, run.model
@@ -95,7 +62,7 @@ def test_measurements(runs):
         logits = F.linear(model.ln_f(Y), model.wte.weight)
         return F.cross_entropy(logits.flatten(0, 1), ids[1:]).exp().item(), cosines
 
-    randomize(model)
+    model.dwa.alpha.data += 0.1 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     alpha = model.dwa.alpha.detach().clone()
     perplexity, cosines = recompute(alpha)
     assert run.cosines() == pytest.approx(cosines, abs=1e-5)
@@ -106,27 +73,27 @@ def test_measurements(runs):
     assert model.dwa.alpha.equal(alpha)
 
 
-def test_analyze(runs, tmp_path, capsys, monkeypatch):
+def test_analyze(trained, run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    log = (runs / "dense" / "log.jsonl").read_text()
-    (runs / "dense" / "log.jsonl").write_text(log + '{"st')  # a run that was killed
-    same = {"out_dir": runs / "dense", "device": "cpu"}
-    analyze.main(flags(**same, plain=runs / "plain", prune=0.5))
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"st')  # a run that was killed
+    same = {"out_dir": run, "device": "cpu"}
+    analyze.main(flags(**same, plain=trained / "plain", prune=0.5))
     shown = capsys.readouterr().out
     for name in ("alpha", "alpha-steps", "cosine", "dropped", "singular"):
-        assert (runs / "dense" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+        assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     assert re.search(r"Y_1 +\|", shown)
-    best = load_checkpoint(runs / "dense" / "best.pt")
+    best = load_checkpoint(run / "best.pt")
     assert ("is from step 0" in shown) == (best["step"] == 0)
     s = [torch.linalg.svdvals(best["model"][f"blocks.{i}.mlp.c_fc.weight"]) for i in range(3)]
     assert re.search(rf"mlp.c_fc +{torch.stack(s).mean().item():.3f} ", shown)
     # The pruned model keeps its rows when its training continues.
-    begin = {"init_from": runs / "dense" / "pruned.pt", "out_dir": tmp_path / "more"}
-    assert train.main(flags(**begin, max_iters=3, device="cpu")) == 0
+    begin = {"init_from": run / "pruned.pt", "out_dir": tmp_path / "more", "device": "cpu"}
+    assert train.main(flags(**begin, max_iters=3)) == 0
     rows = load_checkpoint(tmp_path / "more" / "last.pt")["model_config"]["dwa"]
     assert sum(map(len, rows)) == 4
-    assert rows == load_checkpoint(runs / "dense" / "pruned.pt")["model_config"]["dwa"]
-    for wrong in ({"prune": 0.99}, {"plain": runs / "dense"}):
+    assert rows == load_checkpoint(run / "pruned.pt")["model_config"]["dwa"]
+    for wrong in ({"prune": 0.99}, {"plain": run}):
         with pytest.raises(UsageError, match=f"--{next(iter(wrong))}"):
             analyze.main(flags(**same | wrong))
     # Without matplotlib, the tables are still printed.
@@ -135,28 +102,24 @@ def test_analyze(runs, tmp_path, capsys, monkeypatch):
     assert re.search("50% +\\d.*\n.*pip install matplotlib", capsys.readouterr().out, re.DOTALL)
 
 
-def test_pruned_alphas_are_counted_against_the_pattern(runs, tmp_path, capsys):
+def test_pruned_alphas_are_counted_against_the_pattern(text, tmp_path, capsys):
     """2x4 in 8 blocks: Y_4 reads X_0, X_2, X_4, and Y_8 reads X_0, X_2, X_4, X_6, X_8."""
-    same = SMALL | {"dataset": runs / "my.txt", "n_layer": 8, "max_iters": 1}
-    assert train.main(flags(**same, dwa="2x4", out_dir=tmp_path)) == 0
-    capsys.readouterr()
-    analyze.main(flags(out_dir=tmp_path, prune=0.5, device="cpu"))
+    same = SMALL | {"dataset": text, "n_layer": 8, "dwa": "2x4", "max_iters": 1}
+    assert train.main(flags(**same, out_dir=tmp_path / "run")) == 0
+    analyze.main(flags(out_dir=tmp_path / "run", prune=0.5, device="cpu"))
     assert "has 4 of 8 alphas, 2 of 6 off the diagonal" in capsys.readouterr().out
 
 
-def test_data_that_has_moved(runs, tmp_path, capsys):
-    text = (runs / "my.txt").read_text()
-    (tmp_path / "here.txt").write_text(text)
-    (tmp_path / "other.txt").write_text(text[::-1])
-    same = SMALL | {"dataset": tmp_path / "here.txt", "max_iters": 1, "out_dir": tmp_path / "run"}
-    assert train.main(flags(**same)) == 0
-    (tmp_path / "here.txt").rename(tmp_path / "there.txt")
+def test_data_that_has_moved(text, tmp_path, capsys):
     config = {"out_dir": tmp_path / "run", "device": "cpu"}
-    with pytest.raises(UserError, match=r"here\.txt"):
+    assert train.main(flags(**SMALL | config | {"dataset": text, "max_iters": 1})) == 0
+    moved, other = Path(text).rename(tmp_path / "moved.txt"), tmp_path / "other.txt"
+    other.write_text(moved.read_text()[::-1])
+    with pytest.raises(UserError, match=r"my\.txt"):
         analyze.main(flags(**config))
     with pytest.raises(UserError, match=r"other\.txt is not the data"):
-        analyze.main(flags(**config, dataset=tmp_path / "other.txt"))
-    analyze.main(flags(**config, dataset=tmp_path / "there.txt"))
+        analyze.main(flags(**config, dataset=other))
+    analyze.main(flags(**config, dataset=moved))
     assert "cosine similarity" in capsys.readouterr().out
 
 
@@ -174,17 +137,13 @@ def test_bench_runs_whole(tmp_path, capsys, monkeypatch):
     report = json.loads((tmp_path / "b.json").read_text())
     names = rows.split(", ")
     models = [*names[1:], "plain compiled", "1x1 naive compiled"]
-    columns = {
-        "training step, ms": models, "forward, ms": names[1:],
-        "decoding 4 tokens, ms": names[:-1], "DWA alone, ms": names[2:5],
-        "activations moved": names[2:5], "memory of a training step, MB": models,
-    }  # fmt: skip
-    assert {column: [*report[column]] for column in columns} == columns
-    shown = capsys.readouterr().out
-    head = next(line for line in shown.splitlines() if line.startswith("| | training"))
-    table = [line for line in shown.splitlines() if line.startswith("|")]
-    assert all(line.count("|") == head.count("|") for line in table[2:])
-    assert "x gpt2" in head
+    assert [*report["training step, ms"]] == [*report["memory of a training step, MB"]] == models
+    assert [*report["forward, ms"]] == names[1:]
+    assert [*report["decoding 4 tokens, ms"]] == names[:-1]
+    assert [*report["DWA alone, ms"]] == [*report["activations moved"]] == names[2:5]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert "decoding 4 tokens, ms | x gpt2" in table[0]
+    assert len({line.count("|") for line in table}) == 1
     assert "±" not in "".join(table)  # one round has no spread
 
 
@@ -266,11 +225,7 @@ def test_p_value(n, t):
     for sign in (1, -1):
         p = compare.paired_t_test([sign * (value + shift) for value in values])
         assert p == pytest.approx(0.05, abs=1e-5)
-
-
-def test_p_value_without_spread():
-    assert compare.paired_t_test([0.5, 0.5, 0.5]) == pytest.approx(0, abs=1e-9)
-    assert compare.paired_t_test([0.0, 0.0]) == 1
+    assert compare.paired_t_test([0.0] * n) == 1
 
 
 @pytest.mark.parametrize(("row", "program", "more"), [
@@ -307,15 +262,11 @@ def test_compare_tunes_pairs_and_resumes(tmp_path, monkeypatch, capsys):
         log += [{"step": 5, "final_val_loss": loss}, {"step": 5, "alpha": []}]
         (out_dir / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
 
-    rows = {"alpha": torch.zeros(3, 3), "w": torch.zeros(100)}
-    checkpoint = {
-        "model_config": {"dwa": "1x1", "n_layer": 2},
-        "model": {"dwa.alpha": rows["alpha"], "w": rows["w"]},
-    }
+    model = {"dwa.alpha": torch.zeros(3, 3), "w": torch.zeros(100)}
+    checkpoint = {"model_config": {"dwa": "1x1", "n_layer": 2}, "model": model}
     monkeypatch.setattr(compare, "load_checkpoint", lambda path: checkpoint)
     monkeypatch.setattr(compare, "call", call)
     monkeypatch.setattr(compare, "LAB", tmp_path)
-    monkeypatch.chdir(tmp_path)
     argv = [*flags(name="x", seeds="1,2,3", rates="0.1,0.2"), "--", "--n_layer", "2"]
     with pytest.raises(UserError, match="killed"):
         compare.main(argv)
@@ -323,8 +274,7 @@ def test_compare_tunes_pairs_and_resumes(tmp_path, monkeypatch, capsys):
     compare.main(argv)
     assert len(calls) == 9  # 2 rows at 2 rates, 2 rows with 2 more seeds, and the one killed
     assert calls[0]["--n_layer"] == "2"
-    differences = [1.8 - 1.9, 1.9 - 2.1, 1.7 - 1.6]
-    p = compare.paired_t_test(differences)
+    p = compare.paired_t_test([1.8 - 1.9, 1.9 - 2.1, 1.7 - 1.6])
     for line in (
         "| plain | 105 | 0.2 | 1.9000 | 2.1000 | 1.6000 | 1.8667 |  |  |",
         f"| 1x1 | 105 | 0.1 | 1.8000 | 1.9000 | 1.7000 | 1.8000 | -0.0667 | {p:.2g} |",
@@ -392,8 +342,8 @@ def test_the_diagonal_learns_at_its_own_rate():
     assert steps[1].allclose(steps[0] * (1 - 0.9 * torch.eye(4)), rtol=1e-4)
 
 
-def test_variants_train(runs, tmp_path):
-    same = flags(**SMALL | {"max_iters": 4, "dataset": runs / "my.txt"})
+def test_variants_train(text, tmp_path):
+    same = flags(**SMALL | {"max_iters": 4, "dataset": text})
     for name in ("skip-gains", "diagonal-0"):
         assert variants.main([name, *same, f"--out_dir={tmp_path / name}"]) == 0
     gains = load_checkpoint(tmp_path / "skip-gains" / "last.pt")
