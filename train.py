@@ -421,7 +421,7 @@ def train(config, checkpoint, device):
             raise UserError(f"{dataset.name} is not the data of the run in {config.out_dir}")
         step, val_loss = checkpoint["step"], checkpoint["val_loss"]
         load_state(checkpoint, model, optimizers, scaler)
-        run.resume(step, val_loss, checkpoint["best_val_loss"])
+        run.resume(checkpoint)
         say(f"resuming from step {step} of {config.max_iters}")
     elif checkpoint:
         load_weights(model, checkpoint["model"])

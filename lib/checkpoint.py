@@ -126,18 +126,25 @@ class Run:
               "singular.png")  # fmt: skip
 
     def __init__(self, config: Any, model: DenseFormer, tokenizer: Tokenizer, fingerprint: str):
-        self.out_dir, self.model, self.best_val_loss = Path(config.out_dir), model, math.inf
-        self.facts = {
+        self.out_dir, self.model = Path(config.out_dir), model
+        self.best_val_loss: float = math.inf
+        self.facts: dict[str, Any] = {
             "model_config": asdict(model.config), "train_config": asdict(config),
             "tokenizer": tokenizer.state(), "fingerprint": fingerprint,
         }  # fmt: skip
 
-    def resume(self, step: int, val_loss: float | None, best_val_loss: float):
-        """Continue the log of a run that was saved at this step."""
-        self.best_val_loss = best_val_loss
-        if RANK == 0:
-            trim_log(self.out_dir / "log.jsonl", step)
-            self.write(step=step, val_loss=val_loss)
+    def resume(self, checkpoint: dict[str, Any]):
+        """Continue the run of this checkpoint, and its log."""
+        self.best_val_loss = checkpoint["best_val_loss"]
+        if RANK > 0:
+            return
+        trim_log(self.out_dir / "log.jsonl", checkpoint["step"])
+        self.write(checkpoint["step"], val_loss=checkpoint["val_loss"])
+        best, dataset = self.out_dir / "best.pt", self.facts["train_config"]["dataset"]
+        if dataset != checkpoint["train_config"]["dataset"] and best.exists():  # it has moved
+            content = load_checkpoint(best)
+            content["train_config"]["dataset"] = dataset
+            save_checkpoint(best, content)
 
     def save(self, step: int, val_loss: float | None, optimizers: list, scaler: Any):
         """Save last.pt; and best.pt, if the validation loss, where known, is the lowest so far.
@@ -145,9 +152,9 @@ class Run:
         Raises UserError if a weight is not finite, or the disk is full.
         """
         self.check_finite(step, self.model.parameters())
-        is_best = val_loss is not None and val_loss < self.best_val_loss
-        if is_best:
-            self.best_val_loss = val_loss
+        loss = math.inf if val_loss is None else val_loss
+        is_best = loss < self.best_val_loss
+        self.best_val_loss = min(loss, self.best_val_loss)
         if RANK > 0:
             return
         best = self.facts | {
@@ -175,7 +182,7 @@ class Run:
         self.check_finite(step, [torch.tensor(mean)])
         speed = self.tokens / max(time.perf_counter() - self.time, 1e-9)
         peak = peak_flops(loss.device)
-        mfu = speed * self.model.flops_per_token() / (peak * WORLD_SIZE) if peak else None
+        mfu = peak and speed * self.model.flops_per_token() / (peak * WORLD_SIZE)
         say(f"step {step}: loss {mean:.4f}, lr {lr:.1e}, {speed:,.0f} tokens/s"
             f"{f', mfu {mfu:.1%}' if mfu else ''}")  # fmt: skip
         self.write(step=step, loss=mean, lr=lr, tokens_per_second=round(speed), mfu=mfu)

@@ -12,6 +12,7 @@ The fields of a settings dataclass are the flags of a script:
 """
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -30,7 +31,7 @@ class UsageError(UserError):
     """A wrong command line. The exit status is 2."""
 
 
-def flag(default, help: str, low=None, below=2**63, choices=None, read=None):
+def flag(default, help: str, low=None, below=math.inf, choices=None, read=None):
     """Return a dataclass field that becomes a flag, with low <= value < below if low is given.
 
     read converts the text of the flag, in place of the type of the field.
@@ -83,7 +84,7 @@ def reader(f: Field) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError("is empty; omit the flag to use its default")
         value = bool(("false", "true").index(text.lower())) if kind is bool else kind(text)
         if low is not None and not low <= value < below:
-            limits = f"at least {low}" + (f" and below {below}" if below < 2**63 else "")
+            limits = f"at least {low}" + (f" and below {below}" if below < math.inf else "")
             raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
         return value
 

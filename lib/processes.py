@@ -68,10 +68,14 @@ def process_group() -> Iterator[None]:
 
 def report_once(error: Exception):
     """Raise SystemExit if another process has already reported an error."""
-    with contextlib.suppress(RuntimeError):  # the store is gone if its process is
-        if store.add("errors", 1) > 1:
-            raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
-    if isinstance(error, distributed.DistError) or "gloo" in str(error):
+    lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
+    try:
+        is_first = store.add("errors", 1) == 1
+    except distributed.DistError:  # the process of the store has ended, and said why
+        is_first = not lost
+    if not is_first:
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    if lost:
         reason = str(error).splitlines()[0]
         raise UserError(f"lost the connection to another process: {reason}") from None
 

@@ -12,7 +12,7 @@ import torch
 
 import train
 from lib.flags import run_cli
-from tests.helpers import FAULTS, SMALL, flags, write_text
+from tests.helpers import SMALL, flags, write_text
 
 # Models this small gain nothing from threads, which wait for each other on a busy machine. Scripts
 # that run in their own process read the environment variable.
@@ -89,10 +89,3 @@ def fails(monkeypatch, capsys):
             assert re.search(part, words), (args, words)
 
     return call
-
-
-def pytest_terminal_summary(terminalreporter):
-    if FAULTS:
-        terminalreporter.section("faults injected (and survived, if the tests passed)")
-        for kind, cases in FAULTS.items():
-            terminalreporter.line(f"{cases:6,}  {kind}")

@@ -1,9 +1,10 @@
 """Helpers that run the scripts and read their output."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,6 @@ SMALL = {
     "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "device": "cpu",
     "max_iters": 40, "eval_interval": 10, "log_interval": 5, "learning_rate": 3e-3,
 }  # fmt: skip
-
-FAULTS: Counter[str] = Counter()  # {kind: number of faults that the tests injected}
 
 
 def write_text(file):
@@ -42,15 +41,17 @@ def write_program(file, settings, *lines):
     """Write a program that runs these lines, then train.py with these settings, and at its exit
     prints the names of its threads."""
     file.write_text("\n".join([
-        "import atexit, pathlib, signal, sys",
+        "import atexit, datetime, os, pathlib, signal, sys, time",
         f"sys.path.insert(0, {str(HERE)!r})",
-        "import config, train",
-        "files = pathlib.Path('/proc/self/task').glob('*/comm')",
-        "show = lambda: print('threads:', *(f.read_text() for f in files), file=sys.stderr)",
-        "atexit.register(show)",
+        "import train",
+        "from lib import checkpoint, flags, processes",
+        "def show_threads():",
+        "    names = (file.read_text() for file in pathlib.Path('/proc/self/task').glob('*/comm'))",
+        "    print('threads:', *names, file=sys.stderr)",
+        "atexit.register(show_threads)",
         f"settings = {settings!r}",
         *lines,
-        "config.run_cli(lambda: train.main(settings))",
+        "flags.run_cli(lambda: train.main(settings))",
     ]))  # fmt: skip
     return file
 
@@ -59,6 +60,27 @@ def torchrun(n, *args, program=HERE / "train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={n}", str(program), *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def run_ranks(n, program):
+    """Run a program in n processes, without a launcher that ends all if one fails. Return
+    (status, stderr) of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    same = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program)], env=same | {"RANK": str(rank)}, text=True,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(n)
+    ]  # fmt: skip
+    try:
+        return [(rank.wait(120), rank.stderr.read()) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def weights(out_dir):
@@ -71,7 +93,8 @@ def log(out_dir):
 
 def losses(out_dir):
     """Return (step, training loss or None, validation loss or None) of each line of the log."""
-    return [(e["step"], e.get("loss"), e.get("val_loss")) for e in log(out_dir) if "alpha" not in e]
+    kinds = {"loss", "val_loss"}
+    return [(e["step"], e.get("loss"), e.get("val_loss")) for e in log(out_dir) if kinds & e.keys()]
 
 
 def same_weights(a, b):

@@ -8,7 +8,7 @@ from lib.optim import Muon, configure_optimizers, orthogonalize, set_lr
 from test_denseformer import tiny
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (2, 8, 32), (3, 2, 12, 12)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 8, 32), (6, 12, 12)])
 def test_orthogonalize_keeps_the_singular_vectors(shape):
     torch.manual_seed(0)
     G = torch.randn(shape).double() * 1e-3
@@ -23,27 +23,32 @@ def test_orthogonalize_keeps_the_singular_vectors(shape):
     assert new.min() > 0
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (24, 8)])
-def test_muon_is_its_formula(shape):
+def test_muon_is_its_formula():
+    """For matrices that are square, tall, and wide; the last two are one batch."""
     torch.manual_seed(0)
-    p, other = (torch.nn.Parameter(torch.randn(shape).double()) for _ in range(2))
-    muon, w, m = Muon([p, other], 0.02, weight_decay=0.3), p.detach().clone(), torch.zeros(shape)
-    before = other.detach().clone()
+    shapes = [(8, 8), (24, 8), (8, 24), (8, 24)]
+    *params, unused = (torch.nn.Parameter(torch.randn(shape).double()) for shape in shapes)
+    muon, before = Muon([*params, unused], 0.02, weight_decay=0.3), unused.detach().clone()
+    expected = [(p.detach().clone(), torch.zeros(p.shape)) for p in params]
     for _ in range(3):
-        g = torch.randn(shape).double()
-        p.grad = g.clone()  # the other has no gradient, so it is skipped
+        for i, (p, (w, m)) in enumerate(zip(params, expected, strict=True)):
+            p.grad = g = torch.randn(p.shape).double()  # `unused` has none, so it is skipped
+            m = 0.95 * m + 0.05 * g
+            update = 0.05 * g + 0.95 * m
+            wide = update if len(p) <= 8 else update.mT
+            update = orthogonalize(wide[None])[0]
+            update = update if len(p) <= 8 else update.mT
+            expected[i] = w - 0.02 * (0.3 * w + 0.2 * max(p.shape) ** 0.5 * update), m
         muon.step()
-        m = 0.95 * m + 0.05 * g
-        update = 0.2 * max(shape) ** 0.5 * orthogonalize(0.05 * g + 0.95 * m)
-        w = w - 0.02 * (0.3 * w + update)
+    for p, (w, _) in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), w)
-    assert len(muon.state) == 1
-    assert other.equal(before)
+    assert len(muon.state) == 3
+    assert unused.equal(before)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_trained_once_and_the_matrices_decay(optimizer):
-    model = DenseFormer(tiny(bias=True, skip_gains=True).config)
+    model = DenseFormer(tiny(bias=True).config)
     model.wpe = torch.nn.Embedding(8, 4)  # a parameter that a user added is trained too
     optimizers = configure_optimizers(model, optimizer, 1e-3, weight_decay=0.1)
     groups = [group for each in optimizers for group in each.param_groups]
