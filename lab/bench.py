@@ -46,9 +46,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from denseformer import DWA, DenseFormer, DenseFormerConfig
-from lab.variants import MODELS
+from lab.variants import MODELS, load_package
 from lib.device import describe_machine, find_device
-from lib.files import UserError, open_new, progress_bar
+from lib.files import open_new, progress_bar
 from lib.flags import UsageError, flag, parse_flags, path, run_cli
 from lib.graphs import MicroBatchLoss, record, record_decoding
 from lib.tiled import make_dwa
@@ -131,15 +131,12 @@ def attention(self: Any, x: Tensor, *args) -> Tensor:
 
 
 def make_gpt2(c: BenchConfig) -> Any:
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        raise UserError("the row gpt2 needs: pip install transformers") from None
-    config: Any = GPT2Config(
+    package = load_package("transformers")
+    config = package.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head,
         n_embd=c.n_embd, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return GPT2LMHeadModel(config)
+    return package.GPT2LMHeadModel(config)
 
 
 def make_model(row: str, c: BenchConfig, device: torch.device) -> Any:
@@ -152,19 +149,17 @@ def make_model(row: str, c: BenchConfig, device: torch.device) -> Any:
     name, _, impl = row.partition(" ")
     classes = MODELS | {"learned positions": LearnedPositions}
     pattern = "none" if name == "plain" or row in classes else name
-    if row not in classes and impl not in ("", "naive", "inplace", "tiled", "tensordot"):
-        raise UsageError(f"there is no row {row!r}; --help lists them")
     try:
         config = DenseFormerConfig(
             c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, dwa=pattern
         )
+        model = classes.get(row, DenseFormer)(config)
+        if impl == "tensordot":
+            model.dwa = TensordotDWA(c.n_layer, pattern)
+        elif pattern != "none":
+            model.dwa = make_dwa(model.dwa, impl or "auto", device)
     except ValueError as error:
         raise UsageError(f"row {row!r}: {error}") from None
-    model = classes.get(row, DenseFormer)(config)
-    if impl == "tensordot":
-        model.dwa = TensordotDWA(c.n_layer, pattern)
-    elif pattern != "none":
-        model.dwa = make_dwa(model.dwa, impl or "auto", device)
     for i, js in enumerate(model.dwa.rows):
         model.dwa.alpha.data[i, js] += 0.01 * torch.randn(len(js), device=model.dwa.alpha.device)
     model.to(device).eval()
@@ -213,11 +208,9 @@ def peak_memory(function: Callable, device: torch.device) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Count the bytes that operations read and write, in tensors of at least N elements."""
+    """Count the numbers that operations read and write, in tensors of at least N of them."""
 
-    def __init__(self, N: int):
-        super().__init__()
-        self.N, self.bytes = N, 0
+    N, moved = 64 * 256, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -227,7 +220,7 @@ class Traffic(TorchDispatchMode):
             reads = args[1:] if name in ("copy_", "fill_", "zero_", "new_zeros") else args
             for tensor in tree_leaves((reads, out)):
                 if isinstance(tensor, Tensor) and tensor.numel() >= self.N:
-                    self.bytes += tensor.nbytes
+                    self.moved += tensor.numel()
         return out
 
 
@@ -242,10 +235,9 @@ def run_dwa(dwa: DWA, x: Tensor):
 
 def count_moved(dwa: DWA) -> float:
     """Return how many activations a DWA reads and writes on a CPU, forward and backward."""
-    x = torch.randn(1, 64, 256, requires_grad=True)
-    with Traffic(x.numel()) as traffic:
-        run_dwa(copy.deepcopy(dwa).cpu(), x)
-    return traffic.bytes / x.nbytes
+    with Traffic() as traffic:
+        run_dwa(copy.deepcopy(dwa).cpu(), torch.randn(1, 64, 256, requires_grad=True))
+    return traffic.moved / traffic.N
 
 
 def bench(c: BenchConfig, device: torch.device) -> Results:

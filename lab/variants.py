@@ -25,12 +25,12 @@ from lib.flags import UsageError, run_cli
 from lib.optim import configure_optimizers
 
 
-def load_package(name: str, version: str) -> Any:
-    """Return a package that the project does not depend on."""
+def load_package(requirement: str) -> Any:
+    """Return a package that the project does not depend on, such as "attn-res==0.1.0"."""
     try:
-        return import_module(name.replace("-", "_"))
-    except ImportError:
-        raise UserError(f"{name} is not installed: pip install {name}=={version}") from None
+        return import_module(requirement.split("==")[0].replace("-", "_"))
+    except ImportError as error:
+        raise UserError(f"{error}: pip install {requirement}") from None
 
 
 class SkipGains(DenseFormer):
@@ -60,7 +60,7 @@ class HyperConnections(DenseFormer):
 
     def __init__(self, config: DenseFormerConfig):
         super().__init__(config)
-        package = load_package("hyper-connections", "0.4.11")
+        package = load_package("hyper-connections==0.4.11")
         init, expand, reduce = package.get_init_and_expand_reduce_stream_functions(
             4, dim=config.n_embd
         )
@@ -98,7 +98,7 @@ class AttnResBlocks(nn.Module):
 
     def __init__(self, config: DenseFormerConfig, blocks: Any):
         super().__init__()
-        self.package, n, C = load_package("attn-res", "0.1.0"), 2 * config.n_layer, config.n_embd
+        self.package, n, C = load_package("attn-res==0.1.0"), 2 * config.n_layer, config.n_embd
         self.cfg = self.package.TransformerConfig(
             d_model=C, n_layers=n, n_heads=1, n_kv_heads=1, n_blocks=min(8, n)
         )

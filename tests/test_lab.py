@@ -153,7 +153,7 @@ class Gpt2(nn.Module):
 
 
 @pytest.mark.parametrize(("row", "says"), [
-    ("zzz", "'zzz'"), ("1x1 quick", "no row '1x1 quick'"), ("4x5", "row '4x5'.* in 4 blocks"),
+    ("zzz", "'zzz'"), ("1x1 quick", "row '1x1 quick': impl"), ("4x5", "row '4x5'.* in 4 blocks"),
 ])  # fmt: skip
 def test_a_wrong_row_is_named(row, says):
     with pytest.raises(UsageError, match=says):
