@@ -246,12 +246,12 @@ def main(argv=None):
             plots["alpha-steps"] = partial(plot_alphas, snapshots, rows, 2.3, 2.6)
 
     cosines = {name: run.cosines() for name, run in runs.items()}
-    depth = min(map(len, cosines.values())) - 1
-    shown = sorted({round(depth * k / 8) for k in range(9)})
+    shown = sorted({round((min(map(len, cosines.values())) - 1) * k / 8) for k in range(9)})
     table = [[i, *(c[i] for c in cosines.values())] for i in shown]
     print_table("cosine similarity of Y_i to the embedding X_0", ["i", *cosines], table)
     labels = {"xlabel": "$i$ (after block $i$)", "ylabel": "cosine similarity of $Y_i$ to $X_0$"}
-    plots["cosine"] = partial(plot_lines, cosines, [*range(999)], 0.0, **labels)
+    depths = [*range(max(map(len, cosines.values())))]
+    plots["cosine"] = partial(plot_lines, cosines, depths, 0.0, **labels)
 
     if any(rows):
         fractions = [n / 20 for n in range(11)]

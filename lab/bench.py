@@ -235,8 +235,9 @@ def run_dwa(dwa: DWA, x: Tensor):
 
 def count_moved(dwa: DWA) -> float:
     """Return how many activations a DWA reads and writes on a CPU, forward and backward."""
+    dwa, x = copy.deepcopy(dwa).cpu(), torch.randn(1, 64, 256, requires_grad=True)
     with Traffic() as traffic:
-        run_dwa(copy.deepcopy(dwa).cpu(), torch.randn(1, 64, 256, requires_grad=True))
+        run_dwa(dwa, x)
     return traffic.moved / traffic.N
 
 
