@@ -103,10 +103,11 @@ def test_own_text_is_characters_or_bytes(tmp_path, monkeypatch):
     (tmp_path / "my.txt").write_text(CJK)
     assert data.load("my.txt", block_size=8).tokenizer.state() == {"kind": "byte"}
     (tmp_path / "my.txt").write_bytes("naïve\r\n".encode() * 30)
-    few, in_memory = data.load("my.txt", block_size=8), data.load("my.txt", 8, "byte")
+    few, in_memory = data.load("my.txt", block_size=20), data.load("my.txt", 8, "byte")
     assert few.tokenizer.state() == {"kind": "char", "chars": "\n\raenvï"}
     assert few.tokenizer.decode(ids_of(few)) == "naïve\r\n" * 30
-    assert len(few.val) == 21
+    with refused("its val split has 21 tokens, and a block_size of 21 needs at least 22"):
+        data.load("my.txt", block_size=21)
     monkeypatch.setattr(text, "LARGE", 100)
     large = data.load("my.txt", block_size=8)
     assert isinstance(large.train.base.base, np.memmap)
@@ -419,14 +420,17 @@ def test_pydoc_replaces_tiny_shakespeare_if_nobody_named_it(server, fault, monke
     monkeypatch.setenv("SHAKESPEARE_URL", f"{server.url}/plain/a.bin")
     server.faults = {"plain": [fault, 404] if fault else []}
 
+    found = []
+
     def never(*args):
-        server.release.wait(30)
+        found.append(server.release.wait(30))
         raise OSError
 
     if fault == "name":
         monkeypatch.setattr("socket.getaddrinfo", never)
     default = data.load(None, block_size=64)
     assert default.name == ("pydoc" if fault else "shakespeare")
+    assert not found  # nobody waited for the name
     assert len(default.train) > 200_000
     out = capsys.readouterr().out
     assert out.count("\n") == out.count("Tiny Shakespeare cannot be downloaded") == bool(fault)
