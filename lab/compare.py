@@ -72,7 +72,7 @@ def command(row: str, shared: list[str], seed: float, rate: float) -> str:
     program = ["lab.variants", name] if is_variant(name) else ["train"]
     if not flags and program == ["train"]:
         flags = ["--dwa none" if name == "plain" else f"--dwa {name}"]
-    rates = f"--seed {seed:g} --learning_rate {rate:g} --min_lr {rate / 10:g}"
+    rates = f"--seed {seed:.0f} --learning_rate {rate:g} --min_lr {rate / 10:g}"
     return " ".join([*program, shlex.join(shared), *flags, rates])
 
 
@@ -161,7 +161,7 @@ def main(argv=None):
     done = {row: [runs.done[run(row, seed, best[row])] for seed in config.seeds] for row in rows}
     losses = {row: [d["val_loss"] for d in of_seed] for row, of_seed in done.items()}
 
-    seeds = [f"seed {seed:g}" for seed in config.seeds]
+    seeds = [f"seed {seed:.0f}" for seed in config.seeds]
     text = [
         f"Made by `python -m lab.compare {shlex.join(argv)}`",
         f"on {describe_machine(find_device('auto'))}.\n",
