@@ -453,7 +453,7 @@ def sample_token(
 # DWA does little arithmetic; memory traffic is its cost. With the formula and autograd, the forward
 # and the backward pass of 8, 24 and 48 blocks move 584, 4,440 and 16,944 activations: each product
 # alpha[i, j] * X_j is written and read again, and the backward of DWA i adds to the gradients of
-# all earlier X. Two ideas bring this down to 202, 1,154 and 4,022:
+# all earlier X. Two ideas bring this down to 201, 1,153 and 4,021:
 #
 # 1. One buffer. The output of block i becomes row i of X, and Y_i is one vector-matrix product,
 #    alpha[i, :i+1] @ X[:i+1].
