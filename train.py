@@ -148,7 +148,8 @@ def load_config(argv):
     Flags override the checkpoint, which overrides the preset, which overrides the defaults. Raises
     UserError for settings that contradict each other, the checkpoint or this machine.
     """
-    presets = "\n".join(f"  {name:12} {preset}" for name, preset in PRESETS.items())
+    values = {name: [f"--{k} {v}" for k, v in preset.items()] for name, preset in PRESETS.items()}
+    presets = "\n".join(f"  {name:12} {' '.join(flags)}" for name, flags in values.items())
     flags = parse_flags(TrainConfig, argv, __doc__, f"presets:\n{presets}")
     out_dir, resume = Path(flags.get("out_dir", TrainConfig.out_dir)), flags.get("resume")
     preset = flags.get("preset", "auto")
@@ -346,14 +347,13 @@ def training_step(model, batch_loss, optimizers, scaler, dataset, step, lr, conf
 
 def describe_run(model, dataset, config, device, dtype):
     """Print what is trained on what, in a few lines."""
-    tokens_per_step = sequences_per_step(config) * config.block_size
-    tokens = config.max_iters * tokens_per_step
+    tokens = config.max_iters * sequences_per_step(config) * config.block_size
     say(
-        f"{config.n_layer} blocks of {config.n_embd} channels, DWA {config.dwa}: "
-        f"{model.num_params():,} parameters, {model.dwa.num_params():,} of them alphas\n"
+        f"{config.n_layer} blocks of {config.n_embd} channels: {model.num_params():,} parameters, "
+        f"{model.dwa.num_params():,} of them alphas\n"
         f"{dataset.name}: {len(dataset.train):,} tokens for training, {len(dataset.val):,} for "
         f"validation, vocabulary of {dataset.tokenizer.vocab_size:,}\n"
-        f"{config.max_iters:,} steps of {tokens_per_step:,} tokens, "
+        f"{config.max_iters:,} steps of {tokens // config.max_iters:,} tokens, "
         f"{tokens / len(dataset.train):.1f} epochs, {model.flops_per_token() * tokens:.1e} FLOPs "
         f"on {WORLD_SIZE} x {device}, {dtype}"
     )

@@ -60,15 +60,18 @@ def parse_flags(
     parser = Parser(
         description=description, epilog=epilog, allow_abbrev=False,
         usage=f"python {sys.argv[0]} [--flag value] [--flag=value] ...",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=38, width=100
+        ),
     )  # fmt: skip
     for f in fields(settings):
         help, choices = f.metadata["help"].replace("%", "%%"), f.metadata["choices"]
-        options: dict[str, Any] = {"metavar": "|".join(choices)} if choices else {}
+        read = reader(f)
+        options: dict[str, Any] = {"metavar": "|".join(choices or [read.__name__.upper()])}
         if bool in (f.type, *get_args(f.type)):  # --compile, --compile=False and --compile false
             options |= {"nargs": "?", "const": True}
         parser.add_argument(
-            f"--{f.name}", type=reader(f), choices=choices, default=argparse.SUPPRESS, **options,
+            f"--{f.name}", type=read, choices=choices, default=argparse.SUPPRESS, **options,
             help=help if f.default is None else f"{help} (default: {f.default})",
         )  # fmt: skip
     return vars(parser.parse_args(argv))

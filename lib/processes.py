@@ -140,7 +140,7 @@ class StopSignals:
         if not self.received:
             self.received, self.time = int(number), time.monotonic()
             if number == signal.SIGINT and RANK == 0:  # not print, which may just be at work
-                os.write(2, b"\nsaving after this step; a second Ctrl-C ends at once, unsaved\n")
+                os.write(2, b"\nsaving after this step; Ctrl-C after 3 seconds ends at once\n")
         elif time.monotonic() - self.time > 3:
             sys.exit(128 + number)
 
