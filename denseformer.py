@@ -14,17 +14,17 @@ blocks. alpha[i, i] starts at 1 and the others at 0, so an untrained DenseFormer
 plain Transformer with the same weights.
 
 Notable here:
-- class DWA is the formula and nothing else; three lines add it to any residual network
+- class Formula is the formula; class DWA adds it to any residual network in three lines
 - dwa="none" is the plain Transformer
 - the paper's Transformer: pre-norm, no biases, rotary positions, GELU, tied embeddings
-- the last section computes the same in place, with a quarter of the memory traffic
+- the last section computes the same in place; at 48 blocks it moves a quarter of the memory
 
 Shapes: B sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_layer).
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-Rows = list[list[int]]  # for i = 0..L, the j of all X_j that DWA i reads
+Rows = list[list[int]]  # rows[i], for i = 0..L, lists the j that Y_i sums over; rows[0] is empty
 
 
 @dataclass
@@ -66,35 +66,39 @@ class DenseFormerConfig:
 
 
 class Formula:
-    """The X_j of one forward pass; autograd computes the gradients."""
+    """One forward pass of the DWA below, by the formula; autograd computes the gradients."""
 
     def __init__(self, alpha: Tensor, rows: Rows, x: Tensor):
-        self.alpha, self.rows, self.read = alpha, rows, set().union(*rows)
-        self.X, self.shape = [], x.shape
-        self.step(0, x)
+        self.alpha, self.rows, self.shape = alpha, rows, x.shape
+        self.used = set().union(*rows)  # the j of all X_j that some Y_i needs
+        self.X: list[Tensor | None] = [x]
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        check_step(i, x, min(i, len(self.X)), self.shape, len(self.rows) - 1)
-        self.X[i : i + 1] = [x if i in self.read else None]
+        check_step(i, x, range(1, len(self.X) + 1), self.shape, len(self.rows) - 1)
+        # append X_i, or replace it where checkpointing runs a step again
+        self.X[i : i + 1] = [x if i in self.used else None]
+        if not self.rows[i]:
+            return x
         alpha, X = self.alpha[i].unbind(), self.X
         # Y_i = sum over j of alpha[i, j] * X_j
-        return sum(alpha[j] * X[j] for j in self.rows[i]).to(x.dtype) if self.rows[i] else x
+        return sum(alpha[j] * X[j] for j in self.rows[i]).to(x.dtype)
 
 
 class DWA(nn.Module):
     """The depth-weighted averages of a network of n_layer blocks, in three lines:
 
-        self.dwa = DWA(n_layer, "4x5")     in __init__
+        self.dwa = DWA(n_layer)            in __init__
         depth = self.dwa(x)                in forward; x is X_0, of any shape
         x = depth.step(i, block(x))        for i = 1..n_layer: X_i -> Y_i
 
-    alpha, (L + 1, L + 1), is the only parameter, and alpha[i, j] is the paper's alpha_ij. Row 0
-    and the entries that no DWA reads are unused: their gradient is 0. For patterns see dwa_rows.
+    The pattern 1x1 is the full DWA: Y_i sums over all X_j. Others leave some out: see dwa_rows.
 
-    impl="naive" evaluates the formula. impl="inplace" does so too, except for the pattern 1x1,
-    which it computes in place (last section): the same result, but with one backward pass for each
-    forward pass and no second derivatives.
+    alpha, (L + 1, L + 1), is the only parameter, and alpha[i, j] is the paper's alpha_ij. Row 0
+    and the entries that the pattern leaves out are unused: their gradient is 0.
+
+    impl="naive" evaluates the formula. impl="inplace" computes 1x1 in place (last section): the
+    same result, but with one backward pass for each forward pass and no second derivatives.
     """
 
     def __init__(self, n_layer: int, pattern: str | Rows = "1x1", impl: str = "inplace"):
@@ -103,7 +107,8 @@ class DWA(nn.Module):
             raise ValueError(f"impl must be 'inplace' or 'naive', not {impl!r}")
         self.n_layer, self.pattern, self.impl = n_layer, pattern, impl
         self.rows = dwa_rows(pattern, n_layer)
-        # frozen without any DWA: DDP would wait for a gradient that never comes
+        self.is_full = all(len(row) == i + 1 for i, row in enumerate(self.rows) if i > 0)  # 1x1
+        # without any DWA it needs no gradient, for which DDP would wait in vain
         self.alpha = nn.Parameter(torch.empty(n_layer + 1, n_layer + 1), any(self.rows))
         self.reset_parameters()
 
@@ -119,8 +124,7 @@ class DWA(nn.Module):
 
     def forward(self, x: Tensor) -> "Formula | InPlace":
         """Begin a forward pass with X_0; its step(i, x) takes X_i and returns Y_i."""
-        full = self.num_params() == self.n_layer * (self.n_layer + 3) // 2
-        if self.impl == "inplace" and full and is_plain(x):
+        if self.impl == "inplace" and self.is_full and is_plain(x):
             return InPlace(self.alpha, Buffer(self.alpha, x), x)
         return Formula(self.alpha, self.rows, x)
 
@@ -131,12 +135,12 @@ def is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and not is_compiling()
 
 
-def check_step(i: int, x: Tensor, expected: int | None, shape: torch.Size, L: int):
-    """Raise RuntimeError unless x is X_i, the tensor that a pass expects next."""
-    if i != expected or i > L or getattr(x, "shape", None) != shape:
+def check_step(i: int, x: Tensor, allowed: Container[int], shape: torch.Size, L: int):
+    """Raise RuntimeError unless x can be X_i, and step i may run now."""
+    if i not in allowed or i > L or getattr(x, "shape", None) != shape:
         raise RuntimeError(
-            f"DWA step {i} got {getattr(x, 'shape', type(x))}: steps 1..{L} run in order and take "
-            f"a tensor like X_0, {shape}; a step in place runs once, but with impl='naive' again"
+            f"DWA step {i} got {getattr(x, 'shape', type(x))}: steps 1..{L} run in order, and take "
+            f"a tensor like X_0, {shape}; in place each runs once, with impl='naive' also again"
         )
 
 
@@ -156,7 +160,7 @@ def dwa_rows(pattern: str | Rows, n_layer: int) -> Rows:
     """
     reads, pairs = set(), [(i, j) for i in range(1, n_layer + 1) for j in range(i + 1)]
     if not isinstance(pattern, str):
-        reads = {(i, j) for i, row in enumerate(pattern) for j in row}
+        reads = {(i, j) for i, row in enumerate(pattern) for j in row} & set(pairs)
     elif match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", pattern):
         k, p = map(int, match.groups())
         reads = {(i, j) for i, j in pairs if i % p == 0 and (i - j) % k == 0}
@@ -167,7 +171,7 @@ def dwa_rows(pattern: str | Rows, n_layer: int) -> Rows:
     elif pattern != "none":
         raise ValueError(f"dwa {pattern!r} is not of the form 4x5, last4, connect-to-last or none")
     rows = [[j for j in range(i + 1) if (i, j) in reads] for i in range(n_layer + 1)]
-    if not isinstance(pattern, str) and (rows != pattern or pattern[0]):
+    if not isinstance(pattern, str) and rows != pattern:  # what is out of place was left out
         raise ValueError(f"dwa: rows must be {n_layer + 1} lists, row 0 empty, row i within 0..i")
     if pattern != "none" and not reads:
         raise ValueError(f"dwa {pattern} has no DWA in {n_layer} blocks; none is without DWA")
@@ -450,10 +454,10 @@ def sample_token(
 # -----------------------------------------------------------------------------
 # In place
 #
-# DWA does little arithmetic; memory traffic is its cost. With the formula and autograd, the forward
-# and the backward pass of 8, 24 and 48 blocks move 584, 4,440 and 16,944 activations: each product
-# alpha[i, j] * X_j is written and read again, and the backward of DWA i adds to the gradients of
-# all earlier X. Two ideas bring this down to 201, 1,153 and 4,021:
+# DWA does little arithmetic; memory traffic is its cost. Count the activations that are read or
+# written: with the formula and autograd, the forward and the backward pass of 8, 24 and 48 blocks
+# move 584, 4,440 and 16,944. Each product alpha[i, j] * X_j is written and read again, and the
+# backward of DWA i adds to the gradients of all earlier X. Two ideas move 202, 1,154 and 4,022:
 #
 # 1. One buffer. The output of block i becomes row i of X, and Y_i is one vector-matrix product,
 #    alpha[i, :i+1] @ X[:i+1].
@@ -476,11 +480,16 @@ def sample_token(
 #        step 1        X_0  G_1  G_2  G_3    dX_1 = a11 G_1 + a21 G_2 + a31 G_3
 #        step 0        .    G_1  G_2  G_3    dX_0 = a10 G_1 + a20 G_2 + a30 G_3
 #
+#    If the forward pass stops early, or a step runs under no_grad, its G counts as 0.
+#
 # A third idea, tiles, moves 203, 709 and 1,648: lib/tiled.py.
 
 
 class Buffer:
-    """The memory of one forward pass, X, (L + 1, N): row i is X_i, or G_i once its backward ran."""
+    """The memory of one forward pass, X, (L + 1, N) for activations of N numbers: row i is X_i.
+
+    In the backward pass, rows lowest..top-1 are G, the rows before them still X.
+    """
 
     def __init__(self, alpha: Tensor, x: Tensor):
         self.X, self.shape = x.new_empty(len(alpha), x.numel()), x.shape
@@ -490,7 +499,7 @@ class Buffer:
         self.next: int | None = 0  # the next step of the forward pass, None after it
 
     def forward(self, i: int, x: Tensor) -> Tensor:
-        """Take X_i; return Y_i."""
+        """Take X_i; return Y_i = alpha[i, :i+1] @ X[:i+1]."""
         self.next = i + 1
         self.X[i].view(self.shape).copy_(x)
         return mv(self.X[: i + 1].t(), self.alpha[i, : i + 1], self.shape).to(x.dtype)
@@ -499,13 +508,13 @@ class Buffer:
         """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
         if self.next is not None:  # the backward pass begins
             self.next, self.top, self.lowest = None, i + 1, i + 1
-        self.X[i + 1 : self.lowest] = 0  # steps that ran under no_grad have no gradients
+        self.X[i + 1 : self.lowest] = 0  # the G of steps that ran under no_grad
         self.lowest = i
         g = self.X.new_zeros(self.shape) if g is None else g.to(self.X.dtype)
         self.dalpha[i, : i + 1] = mv(self.X[: i + 1], g.reshape(-1), (i + 1,))
         self.X[i].view(self.shape).copy_(g)
-        G = slice(max(i, 1), self.top)  # there is no DWA 0
-        return mv(self.X[G].t(), self.alpha[G, i].contiguous(), self.shape)
+        # column i of alpha; contiguous, which is faster
+        return mv(self.X[i : self.top].t(), self.alpha[i : self.top, i].contiguous(), self.shape)
 
 
 def mv(A: Tensor, v: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -517,23 +526,27 @@ def mv(A: Tensor, v: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class InPlaceStep(torch.autograd.Function):
-    """A step as autograd sees it. Each step hands `order` to the next, so that the backward steps
-    run from L down to 0. The first, which receives alpha as its order, returns its gradient."""
+    """A step as autograd sees it.
+
+    Each step hands `order`, an empty tensor, to the next, so that the backward steps run from L
+    down to 0. The first step with gradients (step 0, unless that ran under no_grad) receives alpha
+    instead, and so can return its gradient when all of dalpha is known.
+    """
 
     @staticmethod
     def forward(ctx, x, order, buffer, i):
-        ctx.buffer, ctx.i, ctx.first = buffer, i, order.dim() == 2
-        ctx.set_materialize_grads(False)  # None says: nothing reads Y_i, or no later step has run
+        ctx.buffer, ctx.i, ctx.is_first = buffer, i, order.dim() == 2
+        ctx.set_materialize_grads(False)  # so that the gradients below can be None
         return buffer.forward(i, x), order.new_empty(0)
 
     @staticmethod
-    def backward(ctx, g, order):
-        buffer, begins = ctx.buffer, order is None
-        if torch.is_grad_enabled() or (begins and buffer.next is None):
+    def backward(ctx, g, order):  # g is None: nothing reads Y_i; order is None: it begins here
+        buffer = ctx.buffer
+        if torch.is_grad_enabled() or (order is None and buffer.next is None):
             why = "a DWA in place has one backward pass and no second derivatives"
             raise RuntimeError(f"{why}; DWA(..., impl='naive') has neither limit")
         dx = buffer.backward(ctx.i, g)
-        if not ctx.first and ctx.needs_input_grad[1]:
+        if not ctx.is_first and ctx.needs_input_grad[1]:
             return dx, dx.new_empty(0), None, None
         del buffer.X  # no earlier step has gradients
         return dx, buffer.dalpha, None, None
@@ -545,13 +558,13 @@ class InPlace:
 
     def __init__(self, alpha: Tensor, buffer: Buffer, x: Tensor):
         self.buffer, self.order = buffer, alpha
-        self.step(0, x)
+        self.step(0, x)  # stores X_0; nothing uses its Y
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        check_step(i, x, self.buffer.next, self.buffer.shape, len(self.buffer.dalpha) - 1)
+        check_step(i, x, [self.buffer.next], self.buffer.shape, len(self.buffer.dalpha) - 1)
         if not (torch.is_grad_enabled() or x.requires_grad):
-            return self.buffer.forward(i, x)
-        with torch.enable_grad():  # under no_grad too: a later Y passes a gradient to X_i
+            return self.buffer.forward(i, x)  # no gradient can reach X_i, nor alpha from Y_i
+        with torch.enable_grad():  # under no_grad, a later Y still passes a gradient to X_i
             y, self.order = InPlaceStep.apply(x, self.order, self.buffer, i)
         return y if torch.is_grad_enabled() else y.detach()

@@ -3,7 +3,7 @@
 There, Y_i reads i + 1 activations, so that L blocks read about L^2/2 in each direction. Here rows
 are computed in tiles of b. On entering rows lo..lo+b-1, one matrix product computes the part of all
 older X in these rows, alpha[lo:lo+b, :lo] @ X[:lo], and so reads each X once instead of b times.
-Then each row adds its newest terms, at most b:
+Then each row adds its newest terms, at most b. Here the tiles are rows 0-1, 2-3 and 4-5:
 
             j = 0 1 2 3 4 5     b = 2, L = 5
        i = 1    = =             =  row by row, within a tile
@@ -15,7 +15,7 @@ Then each row adds its newest terms, at most b:
 The same holds in reverse for G_m = dLoss/dY_m, and dalpha is one product per tile. Instead of
 L^2/2 activations this reads L^2/(2b) + L b/2, which is smallest for b = sqrt(L). Forward and
 backward together move 203 activations for 8 blocks, 709 for 24 and 1,648 for 48; without tiles it
-is 201, 1,153 and 4,021, and with the formula and autograd 584, 4,440 and 16,944.
+is 202, 1,154 and 4,022, and with the formula and autograd 584, 4,440 and 16,944.
 
 A tile's product needs memory for b rows. The rows of X after lo are still free, so it goes there:
 P_i, the part of Y_i from older tiles, waits in row i + 1 until X_{i+1} overwrites it. Then Y_i is
@@ -26,22 +26,23 @@ one product again. In the tile of rows 2 and 3 ("." is free):
        step 2        X_0  X_1  X_2  P_2  P_3  .    .     Y_2 = a22 X_2           + 1 P_2
        step 3        X_0  X_1  X_2  X_3  P_3  .    .     Y_3 = a32 X_2 + a33 X_3 + 1 P_3
 
-Row i + 1 of a matrix A holds the weights of Y_i, and the diagonal of A is 1:
+Row i + 1 of a matrix A holds the weights of Y_i, and the diagonal of A is 1. A step uses the part
+in brackets; the product of a tile has used the rest:
 
-       row 3 of A    a20  a21  a22  1
-       row 4 of A    a30  a31  a32  a33  1
+       row 3 of A    a20  a21 [a22  1 ]
+       row 4 of A    a30  a31 [a32  a33  1 ]
 
-The backward pass works the same way with columns of A, from the last row up. G_m is written to
-row m + 1 of G. Q_j, the part of dX_j from newer tiles, waits in row j of G, and column j of A
-holds its weight, 1, and below it those of G_j, G_{j+1}, ...:
+The backward pass works the same way with columns of A, from the last row up, in a view G of the
+same memory: row r of G is row r + b of X. G_m is written to row m + 1 of G. Q_j, the part of dX_j
+from newer tiles, waits in row j of G, and column j of A holds its weight, 1, and below it those of
+G_j, G_{j+1}, ...:
 
-       row           0    1    2    3    4    5    6
+       row of G      0    1    2    3    4    5    6
        tile product  X_2  X_3  Q_2  Q_3  .    G_4  G_5
        step 3        X_2  X_3  Q_2  Q_3  G_3  G_4  G_5   dX_3 = 1 Q_3 + a33 G_3
        step 2        X_2  X_3  Q_2  G_2  G_3  G_4  G_5   dX_2 = 1 Q_2 + a22 G_2 + a32 G_3
 
-Rows 0 and 1 hold X_2 and X_3 because G shares the memory of X: row r of G is row r + b of X. The
-X of a tile are not needed once its dalpha is computed; the tile below then overwrites them.
+The X of a tile are not needed once its dalpha is computed; the next older tile overwrites them.
 
 Products take the dtype of the activations and add up in float32 (float64 for float64), like a
 Linear in that dtype. What waits in the buffer is rounded to that dtype once more.
@@ -100,7 +101,9 @@ class TiledDWA(DWA):
 
 
 class TiledBuffer(Buffer):
-    """The memory of one forward pass. Each activation, of N elements, is split into S slices.
+    """The memory of one forward pass, for InPlace in place of a Buffer, of which it shares no code.
+
+    Each activation, of N numbers, is split into S slices.
 
     X        (S, L + 2 + b, N / S): row i is X_i; before that, the part of Y_{i-1} from older tiles
     G        X from row b on: row i + 1 is G_i; before that, the part of dX_{i+1} from newer tiles
@@ -128,7 +131,7 @@ class TiledBuffer(Buffer):
         A, X, lo = self.A, self.X, i - i % self.b
         hi = min(lo + self.b, self.L + 1)
         self.next = i + 1
-        if lo == i > 0:  # a new tile begins
+        if lo == i > 0:  # a new tile begins: P_lo..P_{hi-1}
             matmul(self.alpha_T[:lo, lo:hi].T, X[:, :lo], out=X[:, lo + 1 : hi + 1])
         end = i + 2 if lo else i + 1  # the first tile has no older ones
         return self.write_and_sum(X, i, x, A[i + 1, lo:end], lo).to(x.dtype)
@@ -142,7 +145,7 @@ class TiledBuffer(Buffer):
         self.lowest = i
         A, X, G, lo = self.A, self.X, self.G, i - i % self.b
         hi, top = min(lo + self.b, self.top), self.top
-        if i == hi - 1 and hi < top:  # a new tile begins
+        if i == hi - 1 and hi < top:  # a new tile begins: Q_lo..Q_{hi-1}
             matmul(A[hi + 1 : top + 1, lo:hi].T, G[:, hi + 1 : top + 1], out=G[:, lo:hi])
         first = i if hi < top else i + 1  # the last tile has no newer ones
         g = X.new_zeros(self.shape) if g is None else g
@@ -200,7 +203,8 @@ if triton:
         tl.store(X + i * X_stride + columns, new, mask=inside)
         total = tl.load(a + (i - first) * a_stride).to(tl.float32) * new.to(tl.float32)
         for k in tl.static_range(MAX):
-            end = tl.where((k < m) & (first + k != i), n, 0)  # read row first + k up to here
+            # read nothing of a row past m, nor of the new row, which is added above
+            end = tl.where((k < m) & (first + k != i), n, 0)
             weight = tl.load(a + tl.minimum(k, m - 1) * a_stride).to(tl.float32)
             old = tl.load(X + (first + k) * X_stride + columns, mask=columns < end, other=0.0)
             total += weight * old.to(tl.float32)
