@@ -59,10 +59,8 @@ def main(argv=None):
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise UsageError(f"--top_p must be above 0 and at most 1, not {config.top_p}")
     device = find_device(config.device)
-    out_dir = Path(config.out_dir)
-    if not out_dir.is_dir():
-        raise UserError(f"no run in {out_dir}; train one with python train.py")
-    model, tokenizer, checkpoint = load_model(out_dir / f"{config.checkpoint}.pt", device)
+    file = Path(config.out_dir) / f"{config.checkpoint}.pt"
+    model, tokenizer, checkpoint = load_model(file, device)
     if checkpoint["step"] == 0:
         print(f"sample.py: {config.checkpoint}.pt is from step 0, before training", file=sys.stderr)
     if device.type == "cuda":

@@ -43,8 +43,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint found at {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # a damaged archive can fail in any way

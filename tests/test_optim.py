@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from denseformer import DWA, DenseFormer
+from denseformer import DenseFormer
 from lib.optim import Muon, configure_optimizers, orthogonalize, set_lr
 from test_denseformer import tiny
 
@@ -77,16 +77,3 @@ def test_the_alphas_have_a_learning_rate_of_their_own(scale):
     change = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters()}
     assert change["dwa.alpha"] == pytest.approx(2e-3 * scale, rel=1e-3)
     assert change["wte.weight"] == pytest.approx(2e-3, rel=1e-3)
-
-
-def test_a_second_dwa_starts_as_the_identity_and_does_not_decay():
-    model = DenseFormer(tiny().config)
-    model.blocks[0].dwa = DWA(9)
-    model.init_weights()
-    assert model.blocks[0].dwa.alpha.equal(DWA(9).alpha)
-    optimizers = configure_optimizers(model, "muon", 1e-3, 0.1, dwa_lr_scale=3.0)
-    (group,) = (g for o in optimizers for g in o.param_groups if "lr_scale" in g)
-    assert {id(p) for p in group["params"]} == {
-        id(m.alpha) for m in (model.dwa, model.blocks[0].dwa)
-    }
-    assert group["weight_decay"] == 0.0

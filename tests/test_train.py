@@ -183,11 +183,9 @@ def test_a_character_of_several_tokens_is_printed_whole(run, capsys, monkeypatch
     assert "best.pt is from step 0, before training" in shown.err
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_learns_more_than_how_often_each_character_occurs(text, tmp_path, optimizer):
+def test_training_learns_more_than_how_often_each_character_occurs(text, tmp_path):
     same = SMALL | {"max_iters": 150, "eval_interval": 150, "learning_rate": 1e-2}
-    new = flags(**same, warmup_iters=10, optimizer=optimizer, dataset=text, out_dir=tmp_path / "a")
-    assert train.main(new) == 0
+    assert train.main(flags(**same, warmup_iters=10, dataset=text, out_dir=tmp_path / "a")) == 0
     counts = np.array(list(Counter(Path(text).read_text()).values()))
     entropy = np.log(counts.sum()) - (counts * np.log(counts)).sum() / counts.sum()
     assert losses(tmp_path / "a")[-1][2] < 0.6 * entropy
@@ -226,26 +224,20 @@ def test_training_that_diverges_ends_and_keeps_the_checkpoint(text, tmp_path, fa
 def test_an_overflow_in_float16_is_skipped_by_both_optimizers(text, tmp_path, monkeypatch, value):
     """One gradient of a matrix, which is Muon's, overflows in step 5."""
 
-    class Overflowing(DenseFormer):
-        def __init__(self, config):
-            super().__init__(config)
-            self.blocks[1].mlp.c_fc.weight.register_hook(self.overflow)
-
-        def overflow(self, gradient):
-            return gradient.fill_(value) if len(states) == 6 else gradient
-
     def training_step(model, *args, real=train.training_step):
         states.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        return real(model, *args)
+        overflow = (lambda g: g.fill_(value)) if len(states) == 6 else (lambda g: g)
+        hook = model.blocks[1].mlp.c_fc.weight.register_hook(overflow)
+        loss = real(model, *args)
+        hook.remove()
+        return loss
 
     states = []
-    monkeypatch.setattr(train, "DenseFormer", Overflowing)
     monkeypatch.setattr(train, "training_step", training_step)
     new = SMALL | {"max_iters": 8, "dtype": "float16", "optimizer": "muon"}
     assert train.main(flags(**new, dataset=text, out_dir=tmp_path / "out")) == 0
-    for name in states[0]:
-        assert states[6][name].equal(states[5][name]), name
-        assert states[7][name].isfinite().all()
+    assert all(states[6][name].equal(states[5][name]) for name in states[0])
+    assert all(w.isfinite().all() for w in states[7].values())
     assert not states[7]["wte.weight"].equal(states[6]["wte.weight"])
 
 
@@ -294,29 +286,21 @@ def test_text_heat_map():
     assert text_heat_map(alpha, [[], [], [0]]).splitlines()[1] == "Y_1  = X_1"  # no DWA
     deep = text_heat_map(DWA(48).alpha.detach(), DWA(48).rows, max_rows=12).splitlines()
     assert (len(deep), deep[1][:4], deep[12][:4]) == (14, "Y_1 ", "Y_48")
-    assert max(map(len, deep)) <= 80
 
 
-def test_the_end_of_a_run_in_a_notebook(text, tmp_path):
-    """It has a plot and a sample, whatever the encoding of stdout, and leaves the backend alone."""
-    matplotlib = pytest.importorskip("matplotlib")
-    out = tmp_path / "out"
+def test_the_end_of_a_run(text, tmp_path):
+    """A plot, alphas and a sample, whatever stdout can encode; matplotlib's backend is kept."""
+    pytest.importorskip("matplotlib")
     program = write_program(
-        tmp_path / "program.py", flags(**SMALL | {"max_iters": 2}, dataset=text, out_dir=out),
-        "import matplotlib; matplotlib.use('svg')",
-        "show = lambda: print('then:', os.environ.get('MPLBACKEND'), matplotlib.get_backend())",
+        tmp_path / "program.py", flags(**SMALL | {"max_iters": 2}, dataset=text, out_dir="out"),
+        "import matplotlib",
+        "show = lambda: print('then:', matplotlib.get_backend(), os.environ['MPLBACKEND'])",
         "atexit.register(show)",
     )  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
-    environment |= {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    run = script(program, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "\nY_3  |" in run.stdout
-    assert "the last what the head reads" in run.stdout
-    assert "a sample:" in run.stdout
-    assert "then: None svg" in run.stdout
-    assert matplotlib
+    run = script(program, env=os.environ | {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "svg"})
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG"), run.stderr
+    for words in ("\nY_3  |", "the last what the head reads", "a sample:", "then: svg svg"):
+        assert words in run.stdout, (run.stdout, run.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -379,7 +363,9 @@ def test_the_first_ctrl_c_says_what_happens_and_a_later_one_ends_at_once(monkeyp
         for now[0], number in ((10, signal.SIGINT), (12, signal.SIGINT), (12.5, signal.SIGTERM)):
             signal.raise_signal(number)
             said = capfd.readouterr().err
-            assert (now[0] == 10) == ("saving after this step" in said and "second Ctrl-C" in said)
+            assert (now[0] == 10) == (
+                "saving after this step" in said and "after 3 seconds ends at once" in said
+            )
         assert stop.any() == signal.SIGINT
         now[0] = 14
         with pytest.raises(SystemExit) as exit:
@@ -392,20 +378,6 @@ def test_ctrl_c_while_torch_is_imported(tmp_path, name):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     run = script(name, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (run.returncode, run.stderr) == (-signal.SIGINT, "")  # 130 in a shell
-
-
-def test_training_survives_an_output_that_is_gone(text, tmp_path):
-    out = tmp_path / "out"
-    endless = SMALL | {"max_iters": 10**6, "eval_interval": 10**6, "log_interval": 1}
-    command = [sys.executable, HERE / "train.py", *flags(**endless, dataset=text, out_dir=out)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    next(line for line in run.stdout if line.startswith("step 3:"))
-    run.stdout.close()
-    time.sleep(0.5)
-    assert run.poll() is None  # still training
-    run.send_signal(signal.SIGTERM)
-    assert (run.wait(300), run.stderr.read()) == (128 + signal.SIGTERM, "")
-    assert load_checkpoint(out / "last.pt")["step"] > 3
 
 
 def test_resume_flags(run, trained, tmp_path, fails):
@@ -421,19 +393,14 @@ def test_resume_flags(run, trained, tmp_path, fails):
     (run / "log.jsonl").unlink()
     more = [f"--dataset={moved}", "--max_iters=41", "--weight_decay=0.5", "--beta2=0.5"]
     assert train.main([*again, *more]) == 0
-    checkpoint = load_checkpoint(run / "last.pt")
-    groups = [group for o in checkpoint["optimizers"] for group in o["param_groups"]]
+    optimizers = load_checkpoint(run / "last.pt")["optimizers"]
+    groups = [group for optimizer in optimizers for group in optimizer["param_groups"]]
     assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
     assert {group["betas"][1] for group in groups if "betas" in group} == {0.5}
-    rate = train.get_lr(40, train.TrainConfig(**checkpoint["train_config"]))
-    assert all(g["lr"] == pytest.approx(rate * g.get("lr_scale", 1)) for g in groups)
     for name in ("best.pt", "last.pt"):
         assert load_checkpoint(run / name)["train_config"]["dataset"] == str(moved)
     moved.write_text("to be " * 3000)
     with pytest.raises(UserError, match="not the data"):
-        train.main(again)
-    moved.unlink()
-    with pytest.raises(UserError, match=r"moved\.txt"):
         train.main(again)
 
 
@@ -472,10 +439,8 @@ def test_init_from_keeps_what_was_learned(trained, tmp_path, fails):
     model = DenseFormer(DenseFormerConfig(10, 16, 3, 2, 16, dwa=[[], [0], [], [3]]))
     load_weights(model, weights(trained / "plain"))
     assert model.dwa.alpha.equal(DWA(3, model.dwa.rows).alpha)
-    for wrong in ({"n_layer": 4}, {"tokenizer": "byte"}):
-        ((name, value),) = wrong.items()
-        new = flags(**begin, out_dir=tmp_path / "other", **wrong)
-        fails(train, *new, says=[f"--{name} {value} contradicts"], status=2)
+    new = flags(**begin, out_dir=tmp_path / "other", tokenizer="byte")
+    fails(train, *new, says=["--tokenizer byte contradicts .*which has char"], status=2)
 
 
 def test_init_from_takes_a_text_with_fewer_characters(trained, tmp_path, fails):
@@ -495,24 +460,17 @@ def test_init_from_takes_a_text_with_fewer_characters(trained, tmp_path, fails):
 # Files
 
 
-def test_an_existing_run_is_kept(run, fails):
-    checkpoint = (run / "best.pt").read_bytes()
-    same = flags(**SMALL | {"max_iters": 1}, dataset="none.txt", out_dir=run)
-    fails(train, *same, says=["contains a run.*--resume.*--overwrite"])
-    (run / "last.pt").unlink()  # best.pt alone is a run as well
-    fails(train, *same, f"--init_from={run}/best.pt", says=["contains a run"])
-    assert (run / "best.pt").read_bytes() == checkpoint
-
-
 def test_overwrite_removes_the_old_run_and_nothing_else(run, text, fails, signal_at, monkeypatch):
     old = ("loss.png", "pruned.pt", "alpha.png", "alpha-steps.png", "cosine.png", "dropped.png")
     for name in (*old, "singular.png", "notes.txt", "alpha-mine.png"):
         (run / name).write_text("old")
     before = {file.name: file.read_bytes() for file in run.iterdir()}
+    new = flags(**SMALL, dataset=text, out_dir=run)
+    fails(train, *new, says=["contains a run.*--resume.*--overwrite"])
+    new.append("--overwrite")
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", Mock(side_effect=UserError("it was stopped")))
-        new = [*flags(**SMALL, dataset=text, out_dir=run), "--overwrite"]
-        fails(train, *new, says=["stopped"])
+        fails(train, *new, says=["it was stopped"])
     assert {file.name: file.read_bytes() for file in run.iterdir()} == before
     signal_at(signal.SIGINT, "evaluate", 1)
     assert train.main(new) == 128 + signal.SIGINT
@@ -520,8 +478,6 @@ def test_overwrite_removes_the_old_run_and_nothing_else(run, text, fails, signal
     assert names == {"best.pt", "last.pt", "log.jsonl", "notes.txt", "alpha-mine.png"}
     assert all(load_checkpoint(run / name)["step"] == 0 for name in ("best.pt", "last.pt"))
     assert log(run) == []
-    assert train.main(["--resume", f"--out_dir={run}"]) == 0  # resuming replaces nothing
-    assert (run / "notes.txt").exists()
 
 
 def test_a_folder_is_for_one_run_at_a_time(text, tmp_path, fails):
@@ -537,11 +493,10 @@ def test_a_folder_is_for_one_run_at_a_time(text, tmp_path, fails):
     assert train.main(["--resume", f"--out_dir={out}", f"--max_iters={step + 1}"]) == 0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.9])
 def test_a_full_disk_keeps_the_checkpoint_before(run, fails, share):
     before, old = (run / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     (run / "log.jsonl").write_text("")  # the old log would not fit either
-    (run / "log.jsonl").chmod(0o600)
     again = ["--resume", f"--out_dir={run}", "--max_iters=41"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), old[1]))
     try:
