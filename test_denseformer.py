@@ -10,7 +10,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 import denseformer
 from denseformer import DWA, DenseFormer, DenseFormerConfig, KVCache, dwa_rows, sample_token
@@ -133,21 +132,18 @@ def test_gradients_are_finite_differences(impl):
     weights = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
     seed = torch.randn(4, 1, 2, 2, dtype=torch.float64)
 
-    def loss():
+    def loss(shift=0.0):  # along a random direction
+        with torch.no_grad():
+            for tensor, way in zip(tensors, ways, strict=True):
+                tensor += shift * way
         return (all_outputs(dwa(x), x, weights) * seed).sum()
 
+    tensors = (x, weights, dwa.alpha)
+    ways = [torch.randn_like(t).masked_fill(t.isnan(), 0) for t in tensors]
     loss().backward()
-    for tensor in (x, weights, dwa.alpha):
-        for entry in map(tuple, tensor.detach().isfinite().nonzero().tolist()):
-            with torch.no_grad():
-                value = tensor[entry].item()
-                tensor[entry] = value + 1e-6
-                above = loss()
-                tensor[entry] = value - 1e-6
-                below = loss()
-                tensor[entry] = value
-            slope = (above - below).item() / 2e-6
-            assert tensor.grad[entry].item() == pytest.approx(slope, rel=1e-6, abs=1e-8)
+    slope = sum((t.grad * way).sum() for t, way in zip(tensors, ways, strict=True))
+    above, below = loss(1e-6), loss(-2e-6)
+    assert slope.item() == pytest.approx((above - below).item() / 2e-6, rel=1e-7)
 
 
 # -----------------------------------------------------------------------------
@@ -267,9 +263,10 @@ def test_model_is_the_reference(pattern, bias):
     idx = torch.randint(17, (2, 8))
     targets = torch.randint(17, (2, 8))
     expected = reference_logits(model, idx, pattern)
+    targets[0, 5:] = -1  # these do not count
     logits, loss = model(idx, targets)
     assert_same(logits, expected)
-    p = expected.softmax(-1).gather(-1, targets[..., None])
+    p = expected.softmax(-1).gather(-1, targets[..., None].clamp(min=0))[targets >= 0]
     assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-12)
     last, none = model(idx)
     assert none is None
@@ -296,25 +293,6 @@ def test_initialization_is_gpt2s():
             assert p.std().item() == pytest.approx(0.02, rel=0.02), name
     idx = torch.randint(512, (4, 64))
     assert model(idx, idx.roll(1))[1].item() == pytest.approx(math.log(512), abs=0.1)
-
-
-def test_a_later_token_never_changes_an_earlier_logit():
-    model, idx = tiny(), torch.randint(17, (1, 8))
-    before, _ = model(idx, idx)
-    for t in range(8):
-        changed = idx.clone()
-        changed[0, t] = (changed[0, t] + 1) % 17
-        after, _ = model(changed, idx)
-        assert torch.equal(after[:, :t], before[:, :t])
-        assert not torch.equal(after[:, t], before[:, t])
-
-
-def test_targets_of_minus_one_do_not_count():
-    model = tiny()
-    idx, targets = torch.randint(17, (1, 8)), torch.randint(17, (1, 8))
-    targets[0, 3:] = -1
-    logits, loss = model(idx, targets)
-    assert loss.item() == pytest.approx(F.cross_entropy(logits[0, :3], targets[0, :3]).item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -374,18 +352,6 @@ def test_cache_takes_several_tokens_at_once():
     for part in idx.split((3, 1, 4), dim=1):
         logits, _ = model(part, cache=cache)
     assert_same(logits, model(idx)[0])
-
-
-def test_stream_draws_token_by_token():
-    model, idx = tiny(), torch.randint(17, (2, 4))
-    options = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
-    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    expected = idx
-    for token in model.stream(idx, 6, **options, generator=generators[0]):
-        logits = model(expected[:, -8:])[0][:, -1]
-        assert token.equal(sample_token(logits, **options, generator=generators[1]))
-        expected = torch.cat((expected, token), dim=1)
-    assert model.generate(idx, 0).equal(idx)
 
 
 def test_sample_token():

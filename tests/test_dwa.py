@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import denseformer
-from denseformer import DWA, DenseFormer
-from lab.bench import count_moved, peak_memory
+from denseformer import DWA
+from lab.bench import peak_memory
 from lib import graphs, tiled
 from lib.tiled import TiledDWA, make_dwa
 from test_denseformer import (
@@ -98,25 +98,6 @@ def use_two_forwards(dwa, blocks, x):
     return a * b
 
 
-def use_interleaved(dwa, blocks, x):
-    other = DWA(9).to(x)
-    other_depth, depth, y, z = other(x), dwa(x), x, x
-    for i, block in enumerate(blocks, start=1):
-        y, z = depth.step(i, y + block(y)), other_depth.step(i, block(z))
-    z.sum().backward(inputs=[x])
-    x.grad = None
-    return y.square()
-
-
-def use_exception(dwa, blocks, x):
-    def fail(x):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        run(dwa, [*blocks[:4], fail], x)
-    return run(dwa, blocks, x).square()
-
-
 def use_no_grad(*steps, blocks_too=True):
     def use(dwa, blocks, x):
         with torch.set_grad_enabled(0 not in steps):
@@ -162,11 +143,8 @@ USES = {
     "outputs": use_outputs,
     "early exit": lambda dwa, blocks, x: run(dwa, blocks[:7], x).square(),
     "frozen alphas": use_frozen("alpha"),
-    "frozen embedding and blocks": use_frozen("embedding", "block 1", "block 6"),
     "frozen embedding, block 1, alphas": use_frozen("embedding", "block 1", "alpha"),
     "two forwards": use_two_forwards,
-    "interleaved": use_interleaved,
-    "exception": use_exception,
     "no_grad first": use_no_grad(0, 1, 2, 3),
     "no_grad at times": use_no_grad(3, 5, 6, 8),
     "no_grad around steps": use_no_grad(3, 4, 7, blocks_too=False),
@@ -178,11 +156,6 @@ USES = {
     ),
     "reentrant checkpoint around all": lambda dwa, blocks, x: checkpoint(
         run, dwa, blocks, x, use_reentrant=True
-    ),
-    "any layout": lambda dwa, blocks, x: run(
-        dwa,
-        [lambda x, b=b: b(x.transpose(0, 1)).transpose(0, 1) for b in blocks],
-        x.transpose(0, 1),
     ),
     "blocks in place": use_blocks_in_place,
     "changed alpha": use_changed_alpha,
@@ -232,12 +205,6 @@ def second_other_backward(dwa, blocks, x):
     torch.autograd.grad(Y[4].sin().sum(), list(blocks[:4].parameters()))
 
 
-def second_derivative(dwa, blocks, x):
-    torch.autograd.functional.hvp(
-        lambda x: run(dwa, blocks, x).square().sum(), x, torch.ones_like(x)
-    )
-
-
 def create_graph(dwa, blocks, x):
     torch.autograd.grad(run(dwa, blocks, x).square().sum(), dwa.alpha, create_graph=True)
 
@@ -268,7 +235,7 @@ def skipped_step(dwa, blocks, x):
         x = depth.step(i, blocks[i - 1](x))
 
 
-LIMITS = [second_backward, second_other_backward, second_derivative, create_graph]
+LIMITS = [second_backward, second_other_backward, create_graph]
 LIMITS += [checkpoint_around_steps, step_after_backward]
 WRONG = {f.__name__: f for f in (*LIMITS, skipped_step)} | {
     "a tuple": lambda dwa, blocks, x: dwa(x).step(1, (x, x)),
@@ -295,23 +262,12 @@ def test_wrong_use_is_a_runtime_error(wrong, impl):
 # DWA in other networks and with other tools
 
 
-def convolution():
-    layers = nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1)
-    return nn.Sequential(*layers), (2, 3, 5, 7)
-
-
-def encoder():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
-    return layer, (2, 5, 8)
-
-
 @pytest.mark.parametrize("pattern", ["1x1", "2x3"])
-@pytest.mark.parametrize("layer", [convolution, encoder])
-def test_dwa_in_another_network(layer, pattern):
+def test_dwa_in_a_convolutional_network(pattern):
     torch.manual_seed(0)
-    block, shape = layer()
+    block = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
     blocks = nn.ModuleList(copy.deepcopy(block) for _ in range(6)).double()
-    dwa, x0 = DWA(6, pattern).double(), torch.randn(shape, dtype=torch.float64)  # line 1
+    dwa, x0 = DWA(6, pattern).double(), torch.randn(2, 3, 5, 7, dtype=torch.float64)  # line 1
     randomize(dwa)
     alpha, results = dwa.alpha.detach().nan_to_num(0).requires_grad_(), []
     for depth, a in ((dwa(x0), dwa.alpha), (Paper(pattern, alpha, x0), alpha)):  # line 2
@@ -332,23 +288,14 @@ def test_compile_and_export_take_the_formula(impl):
     expected = gradients(model)
     exported = torch.export.export(model, (IDX, IDX)).module()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for module, forward in ((exported, exported), (model, compiled)):
+    torch._dynamo.utils.counters.clear()
+    for module, forward in ((exported, exported), (model, compiled), (model, model)):
+        if forward is model:  # blocks and loss alone, which keep the DWA in place
+            model.compile(backend="aot_eager", fullgraph=True)
         module.zero_grad()
         forward(IDX, IDX)[1].backward()
         assert_same({n: dict(module.named_parameters())[n].grad for n in expected}, expected)
-    torch._dynamo.reset()
-
-
-def test_compiled_blocks_and_loss_keep_the_in_place_dwa():
-    model = tiny()
-    model(IDX, IDX)[1].backward()
-    expected = gradients(model)
-    model.compile(backend="aot_eager", fullgraph=True)
-    torch._dynamo.utils.counters.clear()
-    model.zero_grad()
-    model(IDX, IDX)[1].backward()
-    assert_same(gradients(model), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a block, the loss
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + 2  # a block, the loss
     torch._dynamo.reset()
 
 
@@ -441,23 +388,6 @@ def test_the_buffer_is_freed(impl, monkeypatch):
         gc.enable()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("impl", ["naive", "inplace"])
-def test_the_pass_is_freed_before_the_logits(impl, monkeypatch):
-    """Without gradients: with a large vocabulary, logits and loss need as much memory again."""
-    model, passes, alive = tiny(), [], []
-    model.dwa.impl, begin = impl, DWA.forward
-
-    def watch(dwa, x):
-        passes.append(weakref.ref(depth := begin(dwa, x)))
-        return depth
-
-    monkeypatch.setattr(DWA, "forward", watch)
-    model.ln_f.register_forward_hook(lambda *args: alive.append(passes[-1]() is not None))
-    model(IDX, IDX)
-    assert alive == [False]
-
-
 def test_memory_is_one_buffer():
     """And one tile, with tiles."""
     x, weights = torch.randn(4, 64, 128, requires_grad=True), torch.ones(24, 128)
@@ -474,11 +404,6 @@ def test_memory_is_one_buffer():
     for name, rows in (("inplace", 25), ("tiled", 24 + 2 + 8 + 8)):
         for peak in (train, infer):
             assert 24 < (peak[name] - peak["plain"]) / x.nbytes <= rows + 1.1, name
-
-
-def test_traffic():
-    for dwa, moved in ((DWA(8), 202), (DWA(48), 4022), (TiledDWA(48), 1648)):
-        assert count_moved(dwa) <= moved
 
 
 @pytest.mark.parametrize("impl", list(IMPLS))
@@ -508,16 +433,13 @@ def test_every_precision_is_close_to_float64(device, dtype, tolerance, impl):
         assert (ours - exact).norm() < tolerance * exact.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_keeps_the_stream_in_16_bits_and_alpha_in_float32(dtype):
+def test_autocast_keeps_the_stream_in_16_bits_and_alpha_in_float32():
     model, seen = tiny().float(), []
     model.blocks[3].register_forward_hook(lambda m, i, o: seen.extend((i[0].dtype, o.dtype)))
-    with torch.autocast("cpu", dtype):
-        logits, loss = model(IDX, IDX)
-        loss.backward()
-    assert seen == [dtype, dtype]
-    assert loss.dtype == model.dwa.alpha.grad.dtype == torch.float32
-    torch.testing.assert_close(logits.float(), model(IDX, IDX)[0], rtol=0, atol=2e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(IDX, IDX)[1].backward()
+    assert seen == [torch.bfloat16] * 2
+    assert model.dwa.alpha.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("impl", list(IMPLS))
@@ -535,17 +457,11 @@ def test_autocast_does_not_round_float32_activations(impl):
     torch.testing.assert_close(*results)
 
 
-def test_the_cache_of_a_graph_is_that_of_the_model(monkeypatch):
-    monkeypatch.setattr(graphs, "record", lambda function, *inputs: function)  # needs a GPU
-    model = tiny()
-    expected = model.generate(IDX[:, :3], 9, temperature=0)  # beyond the context of 8, too
+def test_a_recorded_token_is_that_of_the_model(monkeypatch):
+    if not torch.cuda.is_available():  # test the cache alone
+        monkeypatch.setattr(graphs, "record", lambda function, *inputs: function)
+    model = tiny().to("cuda" if torch.cuda.is_available() else "cpu")
+    idx = IDX[:, :3].to(model.wte.weight.device)
+    expected = model.generate(idx, 9, temperature=0)  # beyond the context of 8, too
     graphs.record_decoding(model)
-    assert model.generate(IDX[:, :3], 9, temperature=0).equal(expected)
-
-
-@NEEDS_GPU
-def test_a_recorded_token_is_that_of_the_model():
-    model = DenseFormer(tiny().config).cuda()
-    expected = model.generate(IDX[:, :3].cuda(), 9, temperature=0)
-    graphs.record_decoding(model)
-    assert model.generate(IDX[:, :3].cuda(), 9, temperature=0).equal(expected)
+    assert model.generate(idx, 9, temperature=0).equal(expected)
