@@ -84,7 +84,6 @@ def load_weights(model: DenseFormer, weights: dict[str, Any]):
         kept = alpha[i, row].clone()
         alpha[i] = initial[i]
         if kept.any():
-            alpha[i] = 0
             alpha[i, row] = kept
 
 
@@ -138,11 +137,13 @@ class Run:
             return
         trim_log(self.out_dir / "log.jsonl", checkpoint["step"])
         self.write(checkpoint["step"], val_loss=checkpoint["val_loss"])
-        best, dataset = self.out_dir / "best.pt", self.facts["train_config"]["dataset"]
-        if dataset != checkpoint["train_config"]["dataset"] and best.exists():  # it has moved
-            content = load_checkpoint(best)
-            content["train_config"]["dataset"] = dataset
-            save_checkpoint(best, content)
+        dataset = self.facts["train_config"]["dataset"]
+        if dataset != checkpoint["train_config"]["dataset"]:  # it has moved
+            files = [self.out_dir / name for name in ("best.pt", "last.pt")]
+            for file in filter(Path.exists, files):
+                content = load_checkpoint(file)
+                content["train_config"]["dataset"] = dataset
+                save_checkpoint(file, content)
 
     def save(self, step: int, val_loss: float | None, optimizers: list, scaler: Any):
         """Save last.pt; and best.pt, if the validation loss, where known, is the lowest so far.

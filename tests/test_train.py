@@ -272,6 +272,8 @@ def test_dwa_start_iter(trained, tmp_path, signal_at):
     snapshots = [e for e in log(late) if "alpha" in e]
     assert [e["step"] for e in snapshots] == [20, 40]
     assert torch.tensor(snapshots[0]["alpha"]).equal(DWA(3).alpha)
+    assert train.main(flags(**same | {"max_iters": 21}, out_dir=tmp_path / "short")) == 0
+    assert not weights(tmp_path / "short")["dwa.alpha"].equal(DWA(3).alpha)
     # A run that is stopped before the alphas start, and resumed, ends with the same weights.
     signal_at(signal.SIGTERM, "get_lr", 11)
     assert train.main(flags(**same, out_dir=cut)) == 128 + signal.SIGTERM
@@ -391,14 +393,14 @@ def test_resume_flags(run, trained, tmp_path, fails):
     moved = tmp_path / "moved.txt"
     moved.write_bytes((trained / "my.txt").read_bytes())
     (run / "log.jsonl").unlink()
-    more = [f"--dataset={moved}", "--max_iters=41", "--weight_decay=0.5", "--beta2=0.5"]
-    assert train.main([*again, *more]) == 0
+    assert train.main([*again, f"--dataset={moved}"]) == 0
+    for name in ("best.pt", "last.pt"):
+        assert load_checkpoint(run / name)["train_config"]["dataset"] == str(moved)
+    assert train.main([*again, "--max_iters=41", "--weight_decay=0.5", "--beta2=0.5"]) == 0
     optimizers = load_checkpoint(run / "last.pt")["optimizers"]
     groups = [group for optimizer in optimizers for group in optimizer["param_groups"]]
     assert {group["weight_decay"] for group in groups} == {0.5, 0.0}
     assert {group["betas"][1] for group in groups if "betas" in group} == {0.5}
-    for name in ("best.pt", "last.pt"):
-        assert load_checkpoint(run / name)["train_config"]["dataset"] == str(moved)
     moved.write_text("to be " * 3000)
     with pytest.raises(UserError, match="not the data"):
         train.main(again)
