@@ -37,6 +37,15 @@ PLACES = [  # where the grids run, and how close they must come to float64
     pytest.param("cuda", torch.float32, 1e-4, marks=NEEDS_GPU, id="cuda-float32"),
 ]
 everywhere = pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_empty():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with nan
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 IMPLS = {"inplace": DWA, "tiled": TiledDWA, "naive": partial(DWA, impl="naive")}
 
 
