@@ -184,7 +184,7 @@ def load_config(argv):
 def check(config):
     """Raise UsageError for settings that do not fit together; parse_flags checks each range."""
     if config.min_lr > config.learning_rate:
-        raise UsageError(f"--min_lr {config.min_lr} is above {config.learning_rate=}")
+        raise UsageError(f"--min_lr {config.min_lr} exceeds --learning_rate {config.learning_rate}")
     if config.dwa_start_iter >= config.max_iters:
         raise UsageError("--dwa_start_iter is not below --max_iters: no alpha would be trained")
     if config.gradient_accumulation_steps % WORLD_SIZE:

@@ -49,9 +49,8 @@ def process_group() -> Iterator[None]:
         yield
         distributed.barrier()  # rank 0 may still be saving
     except BaseException as error:
-        leave = (
-            not torch.cuda.is_available()
-        )  # NCCL would wait for processes that wait for this one
+        # NCCL would wait for the other processes, which wait for this one
+        leave = not torch.cuda.is_available()
         # The traceback keeps the DDP model, which must be freed before its process group.
         chain: BaseException | None = error
         while chain:
