@@ -88,7 +88,12 @@ def load_weights(model: DenseFormer, weights: dict[str, Any]):
 
 
 def load_state(checkpoint: dict[str, Any], model: DenseFormer, optimizers: list, scaler: Any):
-    """Load what --resume needs. Weight decay and betas stay those of the flags."""
+    """Load what --resume needs. Weight decay and betas stay those of the flags.
+
+    Raises UserError for a best.pt, which does not have it.
+    """
+    if "optimizers" not in checkpoint:
+        raise UserError("--resume needs a last.pt; from a best.pt, use --init_from")
     model.load_state_dict(checkpoint["model"])
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         groups = optimizer.state_dict()["param_groups"]

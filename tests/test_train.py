@@ -531,6 +531,8 @@ def test_foreign_checkpoints_are_a_sentence_and_run_nothing(run, tmp_path, fails
         fails(train, "--resume", f"--out_dir={run}", says=[r"last\.pt"])
         fails(train, f"--init_from={last}", f"--out_dir={tmp_path}/new", says=[r"last\.pt"])
     fails(train, "--resume", f"--out_dir={run}", says=["denseformer-2.*reads only denseformer-3"])
+    shutil.copy(run / "best.pt", last)
+    fails(train, "--resume", f"--out_dir={run}", says=["needs a last.pt.*--init_from"])
     assert sorted(os.listdir(tmp_path)) == ["run"]
 
 
