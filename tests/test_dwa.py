@@ -155,6 +155,9 @@ USES = {
     "frozen embedding, block 1, alphas": use_frozen("embedding", "block 1", "alpha"),
     "two forwards": use_two_forwards,
     "no_grad first": use_no_grad(0, 1, 2, 3),
+    "no_grad first, frozen embedding": lambda dwa, blocks, x: use_no_grad(0, 1, 2)(
+        dwa, blocks, x.detach()
+    ),
     "no_grad at times": use_no_grad(3, 5, 6, 8),
     "no_grad around steps": use_no_grad(3, 4, 7, blocks_too=False),
     "checkpoint": lambda dwa, blocks, x: run(
@@ -384,15 +387,18 @@ def test_the_buffer_is_freed(impl, monkeypatch):
     try:
         model = tiny()
         model.dwa = IMPLS[impl](9).double()
-        logits, loss = model(IDX, IDX)
-        loss.backward(retain_graph=True)
-        assert not hasattr(buffers[0](), "X")  # at the end of the backward pass
+        for _ in range(2):
+            logits, loss = model(IDX, IDX)
+            loss.backward(retain_graph=True)
+            assert not hasattr(buffers.pop()(), "X")  # at the end of the backward pass
+            model.wte.requires_grad_(False)
+            model.dwa.requires_grad_(False)
         del logits, loss
         model(IDX, IDX)  # without a backward pass
         model.blocks[5].mlp.forward = lambda x: 1 / 0
         with pytest.raises(ZeroDivisionError):
             model(IDX, IDX)
-        assert [ref() for ref in buffers] == [None, None, None]
+        assert [ref() for ref in buffers] == [None, None]
     finally:
         gc.enable()
 
