@@ -20,7 +20,6 @@ another DWA that you set.
 
 import threading
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -47,10 +46,9 @@ class Hooks:
     """The forward hooks of one model. Copies of the model get their own, which find their DWA."""
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module]):
-        self.model, self.n_layer = model, len(blocks)
+        self.model, self.blocks = model, blocks
         self.handles = [blocks[0].register_forward_pre_hook(self.begin, with_kwargs=True)]
-        for i, block in enumerate(blocks, start=1):
-            self.handles.append(block.register_forward_hook(partial(self.step, i)))
+        self.handles += [block.register_forward_hook(self.step) for block in blocks]
         # A call is a call of any module around the blocks: peft, for one, bypasses the outermost.
         for module in model.modules():
             if set(blocks) <= set(module.modules()) - {module}:
@@ -66,8 +64,9 @@ class Hooks:
         if self in calls.passes or not in_backward():
             calls.passes[self] = hide(self.model.dwa, (*args, *kwargs.values())[0])
 
-    def step(self, i, block, args, output):
+    def step(self, block, args, output):
         """Replace X_i, the output of block i or the first of several, by Y_i."""
+        i = self.blocks.index(block) + 1  # torch.compile would make a symbol of a stored number
         depth = calls.passes.get(self)
         if depth is None:
             if self in calls.passes or in_backward():
@@ -79,7 +78,7 @@ class Hooks:
             return output  # somebody calls a single block
         several = isinstance(output, tuple)
         y = hide(depth.step, i, output[0] if several else output)
-        if i == self.n_layer:  # free the X_j
+        if i == len(self.blocks):  # free the X_j
             del calls.passes[self]
         return (y, *output[1:]) if several else y
 
