@@ -15,6 +15,7 @@ singular.png     singular values of the weights, averaged over the blocks     (F
 
 import json
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,8 @@ from lib.figures import new_figure, text_heat_map
 from lib.files import UserError
 from lib.flags import UsageError, flag, parse_flags, path, run_cli
 
-BATCH_SIZE = 8
+B = 8  # sequences per batch
+KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # the weight matrices of a block
 
 
 @dataclass
@@ -51,30 +53,27 @@ class AnalyzeConfig:
 
 
 class Run:
-    """The model in a run's best.pt, and the validation tokens to measure it on."""
+    """The model in a run's best.pt, and batches of validation tokens to measure it on."""
 
     def __init__(self, out_dir: str, config: AnalyzeConfig):
-        self.device, best = find_device(config.device), Path(out_dir) / "best.pt"
-        self.model, tokenizer, self.checkpoint = load_model(best, self.device)
-        train, self.T = self.checkpoint["train_config"], self.model.config.block_size
-        name = config.dataset or train["dataset"]
-        dataset = data.load(name, self.T, tokenizer, train["shards"])
+        device, best = find_device(config.device), Path(out_dir) / "best.pt"
+        self.model, tokenizer, self.checkpoint = load_model(best, device)
+        train, shape = self.checkpoint["train_config"], self.model.config
+        name, T, V = config.dataset or train["dataset"], shape.block_size, shape.vocab_size
+        dataset = data.load(name, T, tokenizer, train["shards"])
         if dataset.fingerprint() != self.checkpoint["fingerprint"]:
             raise UserError(f"{name} is not the data that {best} was trained on; see --dataset")
         if self.checkpoint["step"] == 0:
             print(f"{best} is from step 0, before training")
-        self.val = dataset.val
-        self.offsets = eval_offsets(self.val, self.T, max(1, config.tokens // self.T))
-
-    def batches(self):
-        """Yield x and y, (B, T): validation tokens and the tokens that follow, -1 after the end."""
-        B, V = BATCH_SIZE, self.model.config.vocab_size
-        for n in range(0, len(self.offsets), B):
-            yield stack_windows(self.val, self.offsets[n : n + B], (B, self.T), V, self.device)
+        offsets = eval_offsets(dataset.val, T, max(1, config.tokens // T))
+        self.batches = [  # x and y, (B, T): tokens and those that follow, -1 after the end
+            stack_windows(dataset.val, offsets[n : n + B], (B, T), V, device)
+            for n in range(0, len(offsets), B)
+        ]
 
     def perplexity(self) -> float:
-        loss_sum, count = sum_losses(self.model, self.batches())
-        return math.exp(loss_sum / count)
+        loss_sum, n = sum_losses(self.model, self.batches)
+        return math.exp(loss_sum / n)
 
     @torch.no_grad()
     def cosines(self) -> list[float]:
@@ -82,22 +81,22 @@ class Run:
         Y: list[Tensor] = []
         readers = [*self.model.blocks, self.model.ln_f]  # what reads Y_0..Y_L
         hooks = [r.register_forward_pre_hook(lambda _, args: Y.append(args[0])) for r in readers]
-        total, count = torch.zeros(len(readers), device=self.device), 0
-        for x, y in self.batches():
+        total, n = torch.zeros(len(readers)), 0
+        for x, y in self.batches:
             Y.clear()
             self.model(x, y)
             cosines = F.cosine_similarity(Y[0].float(), torch.stack(Y).float(), dim=-1)
-            total += (cosines * (y >= 0)).sum((1, 2))
-            count += int((y >= 0).sum())
+            total += (cosines * (y >= 0)).sum((1, 2)).cpu()
+            n += int((y >= 0).sum())
         for hook in hooks:
             hook.remove()
-        return (total / count).tolist()
+        return (total / n).tolist()
 
-    def dropped(self, fractions: list[float]) -> list[float]:
-        """Return the perplexity after dropping each fraction of the alphas, smallest first."""
+    def dropped(self, percents: Iterable[int]) -> list[float]:
+        """Return the perplexity without these percentages of the alphas, the smallest ones."""
         dwa, perplexities = self.model.dwa, []
-        for fraction in fractions:
-            self.model.dwa = prune(dwa, fraction)
+        for percent in percents:
+            self.model.dwa = prune(dwa, percent / 100)
             perplexities.append(self.perplexity())
         self.model.dwa = dwa
         return perplexities
@@ -108,18 +107,19 @@ class Run:
         blocks = [dict(block.named_parameters()) for block in self.model.blocks]
         return {
             kind: torch.linalg.svdvals(torch.stack([b[f"{kind}.weight"] for b in blocks])).mean(0)
-            for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+            for kind in KINDS
         }
 
 
 @torch.no_grad()
 def prune(dwa: DWA, fraction: float) -> DWA:
-    """Return the DWA without this fraction of its alphas, the smallest; an empty row has no DWA."""
+    """Return the DWA without this fraction of its alphas, the smallest, but with one at least; an
+    empty row has no DWA."""
     pairs = [(i, j) for i, row in enumerate(dwa.rows) for j in row]
     pairs.sort(key=lambda pair: abs(dwa.alpha[pair].item()), reverse=True)
-    kept = pairs[: round((1 - fraction) * len(pairs))]
+    kept = pairs[: max(1, round((1 - fraction) * len(pairs)))]
     rows = [[j for j in row if (i, j) in kept] for i, row in enumerate(dwa.rows)]
-    pruned = DWA(dwa.n_layer, rows if kept else "none").to(dwa.alpha)
+    pruned = DWA(dwa.n_layer, rows).to(dwa.alpha)
     for pair in kept:
         pruned.alpha[pair] = dwa.alpha[pair]
     return pruned
@@ -128,18 +128,13 @@ def prune(dwa: DWA, fraction: float) -> DWA:
 def save_pruned(run: Run, fraction: float, out_dir: Path):
     """Save the model without this fraction of its alphas as pruned.pt."""
     before, after = run.model.dwa, prune(run.model.dwa, fraction)
-    if not after.num_params():
-        raise UsageError(f"--prune {fraction} drops all {before.num_params():,} alphas; drop fewer")
     run.model.dwa = after
     config = run.checkpoint["model_config"] | {"dwa": after.rows}
-    weights = {name: tensor.cpu() for name, tensor in run.model.state_dict().items()}
-    save_checkpoint(
-        out_dir / "pruned.pt", run.checkpoint | {"model": weights, "model_config": config}
-    )
-    off = [sum(j < i for i, row in enumerate(dwa.rows) for j in row) for dwa in (after, before)]
+    changed = {"model": run.model.state_dict(), "model_config": config}
+    save_checkpoint(out_dir / "pruned.pt", run.checkpoint | changed)
     print(
-        f"\n{out_dir}/pruned.pt has {after.num_params():,} of {before.num_params():,} alphas, "
-        f"{off[0]:,} of {off[1]:,} off the diagonal: validation perplexity {run.perplexity():.3f}"
+        f"\n{out_dir}/pruned.pt has {after.num_params():,} of {before.num_params():,} alphas: "
+        f"validation perplexity {run.perplexity():.3f}"
     )
 
 
@@ -154,12 +149,14 @@ def read_snapshots(log: Path, last: int) -> dict[str, Tensor]:
     return found
 
 
-def print_table(title: str, head: list[str], rows: list[list]):
+def print_table(title: str, columns: dict[str, Iterable]):
+    """Print {head: entries}, down to the end of the shortest column."""
     print(f"\n{title}")
-    lines = [head, *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in r] for r in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)))
+    for line in zip(*([head, *entries] for head, entries in columns.items()), strict=False):
+        cells = (f"{x:.3f}" if isinstance(x, float) else str(x) for x in line)
+        print(
+            "  ".join(x.rjust(max(11, len(head))) for x, head in zip(cells, columns, strict=True))
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -184,23 +181,18 @@ def plot_alphas(alphas: dict[str, Tensor], rows: Rows, width: float, height: flo
         image = axes.imshow(shown.numpy(), cmap="RdBu_r", norm=norm, extent=extent)
         axes.set_facecolor("0.9")
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("$j$ (of $X_j$; $X_0$ is the embedding)" if n == 1 else "$j$ (of $X_j$)")
+        axes.set_xlabel("$j$ (of $X_j$)")
         axes.locator_params(integer=True)
-        for i, j in read.nonzero().tolist() if n == 1 and L <= 12 else ():  # room for the numbers
-            color = "white" if abs(norm(alpha[i, j].item()) - 0.5) > 0.3 else "black"
-            text = f"{alpha[i, j]:.2f}"
-            axes.text(j, i, text, ha="center", va="center", fontsize=8, color=color)
     all_axes[0, 0].set_ylabel("$i$ (of $Y_i$)")
     figure.colorbar(image, ax=all_axes, label=r"$\alpha_{i,j}$", shrink=0.85)
     return figure
 
 
-def plot_lines(lines: dict[str, list[float]], x: list[float], zero: float, **labels):
-    """Draw each of {name: y} over x, and a horizontal line at `zero`."""
+def plot_lines(lines: dict[str, list[float]], dx: int, **labels):
+    """Draw each of {name: y} over x = 0, dx, 2 dx..."""
     figure, axes = new_figure((6.5, 3.8))
     for name, y in lines.items():
-        axes.plot(x[: len(y)], y, "o-", label=name, markersize=3.5)
-    axes.axhline(zero, color="0.6", linewidth=0.8)
+        axes.plot([dx * n for n in range(len(y))], y, "o-", label=name, markersize=3.5)
     axes.set(**labels)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -226,50 +218,41 @@ def plot_singular_values(values: dict[str, dict[str, Tensor]]):
 def main(argv=None):
     config = AnalyzeConfig(**parse_flags(AnalyzeConfig, argv, __doc__))
     out_dir, run, plots = Path(config.out_dir), Run(config.out_dir, config), {}
-    alpha, rows, L = run.model.dwa.alpha.detach().cpu(), run.model.dwa.rows, run.model.dwa.n_layer
-    pattern = run.model.dwa.pattern if isinstance(run.model.dwa.pattern, str) else "pruned"
-    name = f"DenseFormer {pattern}" if any(rows) else "Transformer"
-    runs = {name: run}
-    if config.prune and not any(rows):
+    dwa = run.model.dwa
+    if config.prune and not dwa.num_params():
         raise UsageError(f"--prune: the model in {out_dir} has no alphas")
+    name = f"DenseFormer {dwa.pattern if isinstance(dwa.pattern, str) else 'pruned'}"
+    runs = {name if dwa.num_params() else "Transformer": run}
     if config.plain:
         plain = runs["plain Transformer"] = Run(config.plain, config)
         if plain.model.dwa.num_params():
             raise UsageError(f"--plain: the model in {config.plain} is a DenseFormer")
 
-    if any(rows):
-        print(text_heat_map(alpha, rows))
-        step, size = run.checkpoint["step"], min(9.0, max(4.5, 1.8 + 0.32 * L))
-        title = f"{name}, step {step:,}"
-        plots["alpha"] = partial(plot_alphas, {title: alpha}, rows, size, 0.85 * size)
+    if dwa.num_params():
+        alpha, step = dwa.alpha.detach().cpu(), run.checkpoint["step"]
+        print(text_heat_map(alpha, dwa.rows))
+        last = {f"{name}, step {step:,}": alpha}
+        plots["alpha"] = partial(plot_alphas, last, dwa.rows, 7, 6)
         if snapshots := read_snapshots(out_dir / "log.jsonl", step):
-            plots["alpha-steps"] = partial(plot_alphas, snapshots, rows, 2.3, 2.6)
-
-    cosines = {name: run.cosines() for name, run in runs.items()}
-    shown = sorted({round((min(map(len, cosines.values())) - 1) * k / 8) for k in range(9)})
-    table = [[i, *(c[i] for c in cosines.values())] for i in shown]
-    print_table("cosine similarity of Y_i to the embedding X_0", ["i", *cosines], table)
-    labels = {"xlabel": "$i$ (after block $i$)", "ylabel": "cosine similarity of $Y_i$ to $X_0$"}
-    depths = [*range(max(map(len, cosines.values())))]
-    plots["cosine"] = partial(plot_lines, cosines, depths, 0.0, **labels)
-
-    if any(rows):
-        fractions = [n / 20 for n in range(11)]
-        perplexities = run.dropped(fractions)
-        table = [[f"{f:.0%}", p] for f, p in zip(fractions, perplexities, strict=True)]
+            plots["alpha-steps"] = partial(plot_alphas, snapshots, dwa.rows, 2.3, 2.6)
+        percents = range(0, 55, 5)
+        lines = {"perplexity": run.dropped(percents)}
         print_table(
-            "validation perplexity without the smallest alphas", ["dropped", "perplexity"], table
+            "validation perplexity without the smallest alphas", {"% dropped": percents} | lines
         )
         labels = {"xlabel": "smallest alphas dropped (%)", "ylabel": "validation perplexity"}
-        lines, percent = {name: perplexities}, [100 * f for f in fractions]
-        plots["dropped"] = partial(plot_lines, lines, percent, perplexities[0], **labels)
+        plots["dropped"] = partial(plot_lines, lines, 5, **labels)
+
+    cosines = {name: run.cosines() for name, run in runs.items()}
+    print_table(
+        "cosine similarity of Y_i to the embedding X_0", {"i": range(dwa.n_layer + 1)} | cosines
+    )
+    labels = {"xlabel": "$i$ (after block $i$)", "ylabel": "cosine similarity of $Y_i$ to $X_0$"}
+    plots["cosine"] = partial(plot_lines, cosines, 1, **labels)
 
     values = {name: run.singular_values() for name, run in runs.items()}
-    means = [
-        [kind, *(v[kind].mean().item() for v in values.values())]
-        for kind in next(iter(values.values()))
-    ]
-    print_table("mean singular value of each weight matrix, over all blocks", ["", *values], means)
+    means = {name: [s.mean().item() for s in v.values()] for name, v in values.items()}
+    print_table("mean singular value of each weight matrix, over all blocks", {"": KINDS} | means)
     plots["singular"] = partial(plot_singular_values, values)
 
     try:

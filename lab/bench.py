@@ -14,6 +14,7 @@ A row is one of
     1x1 tensordot               the vectorized formula of the authors' package
     learned positions           plain without rotary positions: the operations of nanoGPT
     gpt2                        GPT-2 of the package transformers; decoding only
+    1x1 compiled                the formula, with torch.compile of the whole model; training only
     skip-gains ...              a model of lab/variants.py
 
 All rows take turns in each round. Times are medians over the rounds, ± half the interquartile
@@ -33,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,6 @@ class BenchConfig:
     vocab_size: int = flag(65, "vocabulary size", low=1)
     dtype: str = flag("float32", "dtype of activations", choices=("float32", "bfloat16"))
     compile: bool = flag(False, "compile blocks and loss; on a GPU, record CUDA graphs")
-    compile_model: bool = flag(False, "add plain and 1x1 naive, compiled as a whole")
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
     rounds: int = flag(15, "measurements of each row", low=1)
     json: str | None = flag(None, "file to write all times to", read=path)
@@ -140,29 +140,26 @@ def make_gpt2(c: BenchConfig) -> Any:
 
 
 def make_model(row: str, c: BenchConfig, device: torch.device) -> Any:
-    """Return the model of a row, with alphas off their initial values.
-
-    Raises UsageError, which names the row, if there is no such model.
-    """
+    """Return the model of a row. Raises UsageError, which names the row, if there is none."""
     if row == "gpt2":
         return make_gpt2(c).to(device).eval()
-    name, _, impl = row.partition(" ")
     classes = MODELS | {"learned positions": LearnedPositions}
-    pattern = "none" if name == "plain" or row in classes else name
+    name, _, impl = (row, "", "") if row in classes else row.partition(" ")
+    pattern = "none" if name in classes else name
     try:
         config = DenseFormerConfig(
             c.vocab_size, c.block_size, c.n_layer, c.n_head, c.n_embd, dwa=pattern
         )
-        model = classes.get(row, DenseFormer)(config)
+        model = classes.get(name, DenseFormer)(config)
         if impl == "tensordot":
             model.dwa = TensordotDWA(c.n_layer, pattern)
-        elif pattern != "none":
+        elif impl != "compiled":
             model.dwa = make_dwa(model.dwa, impl or "auto", device)
     except ValueError as error:
         raise UsageError(f"row {row!r}: {error}") from None
-    for i, js in enumerate(model.dwa.rows):
-        model.dwa.alpha.data[i, js] += 0.01 * torch.randn(len(js), device=model.dwa.alpha.device)
     model.to(device).eval()
+    if impl == "compiled":
+        return torch.compile(model)
     if c.compile:
         model.compile()
     return model
@@ -244,9 +241,6 @@ def count_moved(dwa: DWA) -> float:
 def bench(c: BenchConfig, device: torch.device) -> Results:
     """Return all columns. A time has a number for each round, the others have one."""
     models = {row.strip(): make_model(row.strip(), c, device) for row in c.rows.split(",")}
-    for row in ("plain", "1x1 naive") if c.compile_model else ():
-        model = make_model(row, replace(c, compile=False), device)
-        models[f"{row} compiled"] = torch.compile(model)
     dtype = getattr(torch, c.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     idx, targets = torch.randint(c.vocab_size, (2, c.batch_size, c.block_size), device=device)

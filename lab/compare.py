@@ -3,10 +3,10 @@
 python -m lab.compare --rows "plain, 1x1"          Tiny Shakespeare, 24 blocks of 48 channels
 python -m lab.compare --name books --rows "plain, 1x1, last1, skip-gains" --jobs 2 \\
     -- --dataset FOLDER --tokenizer byte
-python -m lab.compare --rows "plain, plain deeper --dwa none --n_layer 36" -- --max_iters 1000
+python -m lab.compare --rows "plain, plain --n_layer 36" -- --max_iters 1000
 
-A row is plain, a DWA pattern, or a model of lab/variants.py. With flags of train.py behind it, its
-name is free. The flags after -- are for all runs, and override SMALL, in this file.
+A row is a model of lab/variants.py, such as plain, 1x1 or skip-gains, and may have flags of
+train.py behind it. The flags after -- are for all runs, and override SMALL, in this file.
 
 Each row is trained on several seeds, at the learning rate that is best for it on the first seed.
 Models of equal depth and seed start from the same weights and see the same batches, so losses are
@@ -20,7 +20,6 @@ not trained again, so the command can be stopped and repeated. The logs stay in 
 import json
 import math
 import os
-import re
 import shlex
 import statistics
 import subprocess
@@ -28,10 +27,10 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from denseformer import dwa_rows
-from lab.variants import is_variant
 from lib.checkpoint import load_checkpoint
 from lib.device import describe_machine, find_device
 from lib.files import UserError, open_new, progress_bar
@@ -46,10 +45,6 @@ SMALL = shlex.split(
 )
 
 
-def names(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(","))
-
-
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(word) for word in text.split(","))
 
@@ -57,23 +52,18 @@ def numbers(text: str) -> tuple[float, ...]:
 @dataclass
 class CompareConfig:
     name: str = flag("shakespeare", "name of the files in lab/")
-    rows: tuple = flag(
-        ("plain", "1x1"), "rows, separated by commas; the first is the base", read=names
-    )
+    rows: str = flag("plain, 1x1", "rows, separated by commas; the first is the base")
     seeds: tuple = flag((1, 2, 3, 4), "random seeds, separated by commas", read=numbers)
     rates: tuple = flag((8e-3, 1.6e-2), "learning rates to try, on the first seed", read=numbers)
     jobs: int = flag(1, "runs in parallel; they share the cores", low=1)
     out_dir: str = flag("out-lab", "folder for the runs", read=path)
 
 
-def command(row: str, shared: list[str], seed: float, rate: float) -> str:
+def command(shared: list[str], row: str, seed: float, rate: float) -> str:
     """Return the command that trains a row, without --out_dir; it is the name of the run."""
-    name, *flags = re.split(r" +(?=--)", row)
-    program = ["lab.variants", name] if is_variant(name) else ["train"]
-    if not flags and program == ["train"]:
-        flags = ["--dwa none" if name == "plain" else f"--dwa {name}"]
+    name, *flags = shlex.split(row)
     rates = f"--seed {seed:.0f} --learning_rate {rate:g} --min_lr {rate / 10:g}"
-    return " ".join([*program, shlex.join(shared), *flags, rates])
+    return f"{shlex.join(['lab.variants', name, *shared, *flags])} {rates}"
 
 
 class Runs:
@@ -143,12 +133,10 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
     config = CompareConfig(**parse_flags(CompareConfig, argv[:end], __doc__))
-    shared, runs, rows, rates = [*SMALL, *argv[end + 1 :]], Runs(config), config.rows, config.rates
+    shared, runs, rates = [*SMALL, *argv[end + 1 :]], Runs(config), config.rates
+    rows, run = [row.strip() for row in config.rows.split(",")], partial(command, shared)
 
     # the better rate, on the first seed
-    def run(row: str, seed: float, rate: float) -> str:
-        return command(row, shared, seed, rate)
-
     first = config.seeds[0]
     runs.train([run(row, first, rate) for rate in rates for row in rows])
     tried = {

@@ -1,13 +1,14 @@
-"""Train another model with train.py's loop, on the same blocks, from the same weights.
+"""Train one of several models with train.py's loop, on the same blocks, from the same weights.
 
 python -m lab.variants NAME [flags of train.py]
 
-skip-gains         a learned scale on each skip connection, the paper's baseline
-hyper-connections  4 residual streams (arXiv 2409.19606)    pip install hyper-connections==0.4.11
-attn-res           block attention residuals (2603.15031)   pip install attn-res==0.1.0
-diagonal-K         DWA, with the learning rate of alpha's diagonal multiplied by K, as diagonal-0.01
+plain, 1x1, 4x5 ... as python train.py --dwa trains them
+skip-gains          a learned scale on each skip connection, the paper's baseline
+hyper-connections   4 residual streams (arXiv 2409.19606)    pip install hyper-connections==0.4.11
+attn-res            block attention residuals (2603.15031)   pip install attn-res==0.1.0
+diagonal-K          1x1, with the learning rate of alpha's diagonal times K, as diagonal-0.01
 
-The first three have no DWA. Only this module loads their checkpoints: use --resume.
+Only this module loads the checkpoints of skip-gains, hyper-connections and attn-res: use --resume.
 """
 
 import re
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from denseformer import DenseFormer, DenseFormerConfig, KVCache
 from lib.files import UserError
-from lib.flags import UsageError, run_cli
+from lib.flags import run_cli
 from lib.optim import configure_optimizers
 
 
@@ -122,14 +123,10 @@ class AttnResLayer(nn.Module):
         return self.layer(self.norm(self.mix(sources)), *rotary_and_cache * is_attention)
 
 
-MODELS: dict[str, type[DenseFormer]] = {
-    "skip-gains": SkipGains, "hyper-connections": HyperConnections, "attn-res": AttnRes,
+MODELS: dict[str, type[DenseFormer]] = {  # without DWA
+    "plain": DenseFormer, "skip-gains": SkipGains, "hyper-connections": HyperConnections,
+    "attn-res": AttnRes,
 }  # fmt: skip
-DIAGONAL = r"diagonal-(\d*\.?\d+)"
-
-
-def is_variant(name: str) -> bool:
-    return name in MODELS or bool(re.fullmatch(DIAGONAL, name))
 
 
 def scale_diagonal(optimizers: list[torch.optim.Optimizer], alpha: Tensor, k: float):
@@ -159,8 +156,8 @@ def main(argv=None):
     if name in MODELS:
         with patch.object(train, "DenseFormer", MODELS[name]):
             return train.main([*flags, "--dwa=none"])
-    if not (match := re.fullmatch(DIAGONAL, name)):
-        raise UsageError(f"there is no model {name!r}: {', '.join(MODELS)} and diagonal-K")
+    if not (match := re.fullmatch(r"diagonal-(\d*\.?\d+)", name)):
+        return train.main([*flags, f"--dwa={name}"])
 
     def configure(model, *args, **kwargs):
         optimizers = configure_optimizers(model, *args, **kwargs)
