@@ -174,7 +174,7 @@ def load_config(argv):
                 raise UsageError(f"--{name} {flags[name]} contradicts {source}, which has {value}")
         names = asdict(TrainConfig()) if resume else [*INHERITED, "dataset"]
         base |= {name: saved[name] for name in names}
-    config = TrainConfig(**(base | flags))
+    config = TrainConfig(**(base | flags | {"out_dir": str(out_dir)}))  # the folder may have moved
     check(config)
     if resume:
         check_resume(config, checkpoint)
@@ -443,9 +443,7 @@ def train(config, checkpoint, device):
                 val_loss = evaluate(model, dataset.val, config.eval_iters, config, autocast, stop)
                 run.save(step, val_loss, optimizers, scaler)
                 if val_loss is None:
-                    say(f"stopped at step {step} and saved; to continue: python train.py --resume"
-                        f"{resume_flags(config.out_dir)}")  # fmt: skip
-                    return 128 + stop.any()
+                    break
                 best = "" if val_loss > run.best_val_loss else ", the lowest so far"
                 say(f"step {step}: val loss {val_loss:.4f}{best}")
                 run.start_clock()  # do not count the evaluation
@@ -463,11 +461,13 @@ def train(config, checkpoint, device):
             if step % config.log_interval == 0:
                 run.log(step, loss, lr)
 
-        if config.final_eval_iters > config.eval_iters:
+        if val_loss is not None and config.final_eval_iters > config.eval_iters:
             val_loss = evaluate(model, dataset.val, config.final_eval_iters, config, autocast, stop)
             run.write(step, final_val_loss=val_loss)
-            if val_loss is None:  # all is saved
-                return 128 + stop.any()
+        if val_loss is None:
+            say(f"stopped at step {step} and saved; to continue: python train.py --resume"
+                f"{resume_flags(config.out_dir)}")  # fmt: skip
+            return 128 + stop.any()
     say(f"\n{time.perf_counter() - start:.0f} seconds; val loss {val_loss:.4f}")
     if RANK == 0:
         show_run(model, dataset.tokenizer, config, device)
