@@ -153,9 +153,9 @@ class Run:
     def save(self, step: int, val_loss: float | None, optimizers: list, scaler: Any):
         """Save last.pt; and best.pt, if the validation loss, where known, is the lowest so far.
 
-        Raises UserError if a weight is not finite, or the disk is full.
+        Raises UserError if the loss or a weight is not finite, or the disk is full.
         """
-        self.check_finite(step, self.model.parameters())
+        self.check_finite(step, [torch.tensor(val_loss or 0.0), *self.model.parameters()])
         loss = math.inf if val_loss is None else val_loss
         is_best = loss < self.best_val_loss
         self.best_val_loss = min(loss, self.best_val_loss)
