@@ -135,6 +135,8 @@ def advice(error: Exception) -> str:
             "out of memory: use a smaller batch (in train.py, lower --batch_size and raise "
             "--gradient_accumulation_steps by the same factor)"
         )
+    if "loading state_dict" in str(error):
+        return "the weights are of another model: only lab/variants.py loads those that it trained"
     if re.search(r"C(\+\+)? compiler", str(error)):
         return (
             "torch.compile and Triton need a C compiler: install one, or use --compile=False "
