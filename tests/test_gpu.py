@@ -6,45 +6,30 @@ import pytest
 import torch
 
 import train
-from lib.checkpoint import load_checkpoint
-from tests.helpers import SMALL, flags, losses, weights
+from tests.helpers import SMALL, close, flags, signal_in
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("dwa", ["none", "1x1", "[[],[],[],[0,1]]"])  # block 2 is unused
-def test_graphs_train_as_eager_mode_does(text, tmp_path, optimizer, dwa):
-    same = SMALL | {"device": "cuda", "dtype": "float32"}
-    same |= {"optimizer": optimizer, "dwa": dwa, "dwa_start_iter": 3}
-    for name in ("graphs", "eager"):
-        new = flags(**same, dataset=text, out_dir=tmp_path / name, compile=name == "graphs")
+@pytest.mark.parametrize(
+    ("dwa", "steps"),
+    [("none", 1), ("1x1", 1), ("1x1", 2), ("[[],[],[],[0,1]]", 1)],  # the last skips block 2
+)
+def test_graphs_train_as_eager_mode_does(text, tmp_path, dwa, steps):
+    same = SMALL | {"device": "cuda", "dtype": "float32", "dwa": dwa, "dwa_start_iter": 3}
+    same |= {"gradient_accumulation_steps": steps}  # with 2, no graph can be recorded
+    for compile in (True, False):
+        new = flags(**same, dataset=text, out_dir=tmp_path / str(compile), compile=compile)
         assert train.main(new) == 0
-    for ours, eager in zip(losses(tmp_path / "graphs"), losses(tmp_path / "eager"), strict=True):
-        assert ours[0] == eager[0]
-        assert [x for x in ours if x] == pytest.approx([x for x in eager if x], rel=1e-2)
+    close(tmp_path / "True", tmp_path / "False", rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_run_that_resumes_goes_on_with_the_same_masks(text, tmp_path, signal_at, dtype):
-    same = SMALL | {"device": "cuda", "dtype": dtype, "dropout": 0.2, "optimizer": "muon"}
+def test_a_run_that_resumes_goes_on_with_the_same_masks(text, tmp_path, dtype):
+    same = flags(**SMALL | {"device": "cuda"}, dataset=text, dtype=dtype, dropout=0.2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train.main(flags(**same, dataset=text, out_dir=whole)) == 0
-    signal_at(signal.SIGINT, "get_lr", 13)
-    new = flags(**same, dataset=text, out_dir=parts)
-    assert train.main(new) == 128 + signal.SIGINT
-    assert load_checkpoint(parts / "last.pt")["step"] == 13
+    assert train.main([*same, f"--out_dir={whole}"]) == 0
+    signal_in(12, signal.SIGINT)
+    assert train.main([*same, f"--out_dir={parts}"]) == 128 + signal.SIGINT
     assert train.main(["--resume", f"--out_dir={parts}"]) == 0
-    for ours, expected in zip(losses(parts), losses(whole), strict=True):
-        assert ours[0] == expected[0]
-        assert [x for x in ours if x] == pytest.approx([x for x in expected if x], rel=1e-2)
-    assert all(w.isfinite().all() for w in weights(parts).values())
-
-
-def test_gradients_are_not_accumulated_in_the_memory_of_a_graph(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "record", lambda *args: 1 / 0)
-    same = SMALL | {"device": "cuda", "max_iters": 1}
-    with pytest.raises(ZeroDivisionError):
-        train.main(flags(**same, dataset=text, out_dir=tmp_path / "one"))
-    same |= {"gradient_accumulation_steps": 2}
-    assert train.main(flags(**same, dataset=text, out_dir=tmp_path / "two")) == 0
+    close(parts, whole, rel=1e-2)

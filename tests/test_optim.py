@@ -8,7 +8,7 @@ from lib.optim import Muon, configure_optimizers, orthogonalize, set_lr
 from test_denseformer import tiny
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 8, 32), (6, 12, 12)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (6, 12, 36)])
 def test_orthogonalize_keeps_the_singular_vectors(shape):
     torch.manual_seed(0)
     G = torch.randn(shape).double() * 1e-3
@@ -16,10 +16,8 @@ def test_orthogonalize_keeps_the_singular_vectors(shape):
     scale = U.mT @ orthogonalize(G) @ Vh.mT  # diagonal, with the new singular values
     new = scale.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(scale, torch.diag_embed(new), atol=1e-10, rtol=0)
-    large = 0.05 * torch.linalg.matrix_norm(G).unsqueeze(-1) < S
-    assert large.any()
-    assert new[large].min() > 0.65
-    assert new[large].max() < 1.25
+    large = new[0.05 * torch.linalg.matrix_norm(G).unsqueeze(-1) < S]
+    assert 0.65 < large.min() <= large.max() < 1.25
     assert new.min() > 0
 
 
@@ -42,38 +40,21 @@ def test_muon_is_its_formula():
         muon.step()
     for p, (w, _) in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), w)
-    assert len(muon.state) == 3
     assert unused.equal(before)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_trained_once_and_the_matrices_decay(optimizer):
+def test_every_parameter_is_trained_once_and_the_alphas_at_their_own_rate(optimizer):
     model = DenseFormer(tiny(bias=True).config)
     model.wpe = torch.nn.Embedding(8, 4)  # a parameter that a user added is trained too
-    optimizers = configure_optimizers(model, optimizer, 1e-3, weight_decay=0.1)
-    groups = [group for each in optimizers for group in each.param_groups]
-    ids = [id(p) for group in groups for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "wte.weight", "wpe.weight")
-    for name, p in model.named_parameters():
-        assert (id(p) in decayed) == name.endswith(ends), name
-    if optimizer == "muon":
-        in_muon = {id(p) for p in optimizers[0].param_groups[0]["params"]}
-        for name, p in model.named_parameters():
-            assert (id(p) in in_muon) == (name.startswith("blocks.") and p.dim() == 2), name
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_the_alphas_have_a_learning_rate_of_their_own(scale):
-    model = DenseFormer(tiny().config)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizers = configure_optimizers(model, "muon", 1e-3, 0.0, dwa_lr_scale=scale)
+    optimizers = configure_optimizers(model, optimizer, weight_decay=0.1, dwa_lr_scale=3.0)
     set_lr(optimizers, 2e-3)
-    model(*torch.randint(17, (2, 2, 8)))[1].backward()
-    for each in optimizers:
-        each.step()
-    # AdamW's first step changes every entry by the learning rate
-    change = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters()}
-    assert change["dwa.alpha"] == pytest.approx(2e-3 * scale, rel=1e-3)
-    assert change["wte.weight"] == pytest.approx(2e-3, rel=1e-3)
+    groups = [group for each in optimizers for group in each.param_groups]
+    found = {p: (group["weight_decay"], group["lr"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    in_muon = {p for each in optimizers[:-1] for p in each.param_groups[0]["params"]}
+    matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    for name, p in model.named_parameters():
+        decay = 0.1 if name.endswith((*matrices, "wte.weight", "wpe.weight")) else 0.0
+        assert found[p] == (decay, 6e-3 if name == "dwa.alpha" else 2e-3), name
+        assert (p in in_muon) == (optimizer == "muon" and name.endswith(matrices)), name
