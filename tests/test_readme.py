@@ -76,7 +76,7 @@ def test_the_commands_run(tmp_path):
 
 
 def test_the_three_lines_make_a_denseformer():
-    namespace = {"nn": nn, "Block": lambda: nn.Linear(8, 8), "torch": torch}
+    namespace = {"nn": nn, "Block": lambda: nn.Linear(8, 8)}
     exec(code("class Network"), namespace)
     network, x = namespace["Network"](8), torch.randn(2, 3, 8)
     plain = x
@@ -85,13 +85,6 @@ def test_the_three_lines_make_a_denseformer():
     torch.testing.assert_close(network(x), plain)  # initially the same network
     network(x).sum().backward()
     assert (network.dwa.alpha.grad != 0)[1:].equal(torch.ones(9, 9, dtype=torch.bool).tril()[1:])
-    # and the optimizer does not decay alpha
-    exec(code("torch.optim"), namespace | {"network": network})
-    before = {name: p.clone() for name, p in network.named_parameters()}
-    network.zero_grad(set_to_none=False)
-    exec(f"{code('torch.optim')}\noptimizer.step()", namespace | {"network": network})
-    changed = {name for name, p in network.named_parameters() if not p.equal(before[name])}
-    assert changed == before.keys() - {"dwa.alpha"}
 
 
 def test_the_model_and_the_hooks_in_other_code(monkeypatch):
@@ -119,11 +112,10 @@ def test_the_recipe_for_a_new_pattern(tmp_path, monkeypatch):
     assert module.dwa_rows("4x5", 9) == denseformer.dwa_rows("4x5", 9)
 
 
-def count(path):
-    """Return {name: lines of code}, without blanks, comments and docstrings; "" is the whole file."""
-    source, docstrings, lines = path.read_text(), set(), set()
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+def count(source):
+    """Return the lines of code: no blanks, comments and docstrings."""
+    docstrings, lines = set(), set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
             node
         ):
@@ -131,27 +123,27 @@ def count(path):
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.string.strip() and token.type != tokenize.COMMENT:
             lines |= set(range(token.start[0], token.end[0] + 1))
-    lines -= docstrings
-    begin = {n: min(d.lineno for d in (n, *getattr(n, "decorator_list", ()))) for n in tree.body}
-    names = {n.name: n for n in tree.body if hasattr(n, "name")}
-    parts = {name: sum(begin[n] <= i <= n.end_lineno for i in lines) for name, n in names.items()}
-    return parts | {"": len(lines)}
+    return len(lines - docstrings)
 
 
 def test_the_budgets():
-    files = {str(p.relative_to(HERE)): p for p in HERE.rglob("*.py") if ".venv" not in p.parts}
-    files = {name: p for name, p in files.items() if not name.startswith(("venv", "."))}
-    tests = {name for name in files if "test" in name}
-    code = {name: count(path) for name, path in files.items() if name not in tests}
+    files = {str(p.relative_to(HERE)): p.read_text() for p in HERE.rglob("*.py")}
+    files = {name: text for name, text in files.items() if not name.startswith((".", "venv"))}
+    tests = [text for name, text in files.items() if "test" in name]
+    code = {name: count(text) for name, text in files.items() if "test" not in name}
+    model = files["denseformer.py"]
+    parts = {
+        getattr(n, "name", ""): ast.get_source_segment(model, n) for n in ast.parse(model).body
+    }
     dwa = ("Formula", "DWA", "is_plain", "check_step", "dwa_rows", "Buffer", "mv", "InPlaceStep")
     found = [
-        code["denseformer.py"][""],
-        sum(code["denseformer.py"][name] for name in (*dwa, "InPlace")),
-        code["train.py"][""],
-        sum(n[""] for name, n in code.items() if name.startswith("data/")),
-        sum(n[""] for n in code.values()),
+        code["denseformer.py"],
+        sum(count(parts[name]) for name in (*dwa, "InPlace")),
+        code["train.py"],
+        sum(n for name, n in code.items() if name.startswith("data/")),
+        sum(code.values()),
         len(README.splitlines()),
-        sum(len(files[name].read_text().splitlines()) for name in tests),
+        sum(len(text.splitlines()) for text in tests),
     ]
     (text,) = re.findall(r"Budgets, in lines of code: (.*?)\. A test", README, re.S)
     budgets = [int(n.replace(",", "")) for n in re.findall(r"\b(\d[\d,]*)\b", text)]
@@ -160,6 +152,5 @@ def test_the_budgets():
     assert sorted(name for name in files if "/" not in name) == [
         "denseformer.py", "sample.py", "test_denseformer.py", "train.py"
     ]  # fmt: skip
-    source = (HERE / "denseformer.py").read_text()
-    names = set(re.findall(r"^ *(?:import|from) (\w+)", source, re.M))
+    names = set(re.findall(r"^ *(?:import|from) (\w+)", model, re.M))
     assert names - sys.stdlib_module_names == {"torch"}
