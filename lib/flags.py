@@ -103,6 +103,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see the first lines of a script
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun, only rank 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if "inline" in os.environ.get("MPLBACKEND", "") and "ipykernel" not in sys.modules:
+        del os.environ["MPLBACKEND"]  # `!python` in a notebook: only its kernel may have this
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # its encoding may not cover the text
             stream.reconfigure(errors="replace")
