@@ -21,7 +21,7 @@ from lib.checkpoint import load_model
 from lib.device import find_device
 from lib.files import UserError
 from lib.flags import UsageError, flag, parse_flags, path, run_cli
-from lib.graphs import record_decoding
+from lib.graphs import speed_up_decoding
 
 
 @dataclass
@@ -63,8 +63,7 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_model(file, device)
     if checkpoint["step"] == 0:
         print(f"sample.py: {config.checkpoint}.pt is from step 0, before training", file=sys.stderr)
-    if device.type == "cuda":
-        record_decoding(model)
+    speed_up_decoding(model)
     text, prompt = read_prompt(config.start, tokenizer)
     for n in range(config.num_samples):
         if n > 0:

@@ -46,7 +46,7 @@ from lib.device import find_device, find_dtype
 from lib.figures import plot_losses, text_heat_map
 from lib.files import UserError, say
 from lib.flags import UsageError, flag, parse_flags, path, run_cli
-from lib.graphs import MicroBatchLoss, record, record_decoding
+from lib.graphs import MicroBatchLoss, record, speed_up_decoding
 from lib.optim import configure_optimizers, set_lr
 from lib.processes import RANK, WORLD_SIZE, StopSignals, all_reduce, process_group, receive, send
 from lib.tiled import make_dwa
@@ -375,8 +375,7 @@ def show_run(model, tokenizer, config, device):
     prompt = torch.tensor([tokenizer.start], device=device)
     generator = torch.Generator().manual_seed(config.seed)
     model.eval()
-    if device.type == "cuda":
-        record_decoding(model)
+    speed_up_decoding(model)
     with torch.compiler.set_stance("force_eager"):  # compiling every new length would take long
         ids = model.generate(prompt, 300, temperature=0.8, generator=generator)
     text = tokenizer.decode(ids[0, prompt.size(1) :].tolist()).strip()

@@ -51,7 +51,7 @@ from lab.variants import MODELS, load_package
 from lib.device import describe_machine, find_device
 from lib.files import open_new, progress_bar
 from lib.flags import UsageError, flag, parse_flags, path, run_cli
-from lib.graphs import MicroBatchLoss, record, record_decoding
+from lib.graphs import MicroBatchLoss, record, speed_up_decoding
 from lib.tiled import make_dwa
 
 Results = dict[str, dict[str, list[float]]]  # {column: {row: values}}
@@ -281,9 +281,9 @@ def bench(c: BenchConfig, device: torch.device) -> Results:
             continue  # of a whole model, compile no more than its training step
         forwards[row] = partial(forward, model)
         if row != "learned positions":
-            if device.type == "cuda":
-                record_decoding(model)
-            decoding[row] = partial(decode, model.generate, temperature=0)
+            decoder = copy.deepcopy(model)
+            speed_up_decoding(decoder)
+            decoding[row] = partial(decode, decoder.generate, temperature=0)
         if model.dwa.num_params():
             alone[row] = partial(run_dwa, model.dwa, x)
             moved[row] = [count_moved(model.dwa)]
