@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn as nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
-from torch.nn.utils import prune
 
 import denseformer
 from lib.hooks import add_dwa, calls, remove_dwa
@@ -206,10 +205,10 @@ def test_blocks_with_named_arguments_that_return_tuples():
         model(x)
 
 
-def train(model, n=5):
-    """Train for n steps; return whether each alpha moved from the identity."""
+def train(model):
+    """Train for 5 steps; return whether each alpha moved from the identity."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
-    for _ in range(n):
+    for _ in range(5):
         optimizer.zero_grad()
         model(input_ids=IDX, labels=IDX).loss.backward()
         optimizer.step()
@@ -235,31 +234,6 @@ def test_peft(tmp_path):
     assert not merged(IDX).logits.allclose(logits, rtol=1e-3)
 
 
-def test_from_pretrained_initializes_a_dwa(tmp_path):
-    class Own(GPT2LMHeadModel):
-        def __init__(self, config):
-            super().__init__(config)
-            self.dwa = denseformer.DWA(L)
-
-        def _init_weights(self, module):  # else alpha is memory that nobody has written
-            super()._init_weights(module)
-            if isinstance(module, denseformer.DWA):
-                module.reset_parameters()
-
-    gpt2().save_pretrained(tmp_path)
-    assert Own.from_pretrained(tmp_path).dwa.alpha.equal(torch.eye(L + 1))
-
-
-def test_bfloat16():
-    moved = train(hooked(gpt2(), noise=0).bfloat16(), 100)
-    assert (moved.diagonal().sum(), moved.tril(-1).sum()) == (0, 55)
-    assert train(hooked(gpt2().bfloat16(), noise=0)).sum() == 65  # alpha is float32
-
-
-def test_prune():
-    dwa = hooked(gpt2()).dwa
-    read = torch.ones(L + 1, L + 1).tril()
-    read[0] = 0
-    scores = torch.where(read > 0, dwa.alpha.abs(), torch.inf)
-    pruned = prune.l1_unstructured(dwa, "alpha", amount=30, importance_scores=scores)
-    assert (read > pruned.alpha_mask).sum() == 30
+def test_alpha_is_float32_in_a_model_in_bfloat16():
+    """Else AdamW would not move the diagonal, next to whose 1 bfloat16 has no number close by."""
+    assert train(hooked(gpt2().bfloat16(), noise=0)).sum() == 65
