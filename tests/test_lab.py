@@ -203,33 +203,21 @@ def test_skip_gains_are_those_of_the_paper():
 def test_successors_start_as_the_plain_transformer(name):
     pytest.importorskip(name.replace("-", "_"))
     model, plain, idx = build(name), build("plain"), torch.randint(11, (1, 16))
-    for norm in (
-        m for m in [*model.modules(), *plain.modules()] if isinstance(m, torch.nn.LayerNorm)
-    ):
-        norm.eps = 1e-14  # 4 streams add up to 4 times the input of a norm
+    for module in (*model.modules(), *plain.modules()):
+        module.eps = 1e-14  # of norms: 4 streams add up to 4 times the input of one
     assert model(idx, idx)[0].allclose(plain(idx, idx)[0], rtol=1e-6)
     model(idx, idx)[1].backward()
     ids = model.generate(idx[:, :3], 6, temperature=0)  # with the cache, and without it:
     assert ids[0, -1] == model(ids[:, :-1])[0].argmax()
 
 
-def test_the_diagonal_learns_at_its_own_rate():
-    dwa = DWA(3)
-    optimizer = torch.optim.AdamW(dwa.parameters(), 0.01, weight_decay=0.0)
-    variants.scale_diagonal([optimizer], dwa.alpha, 0.1)
-    for _ in range(2):  # the same gradient, to which Adam answers with the same steps
-        dwa.alpha.grad = torch.ones(4, 4)
-        optimizer.step()
-    steps = dwa.alpha - torch.eye(4)
-    assert steps.allclose(-0.02 * (1 - 0.9 * torch.eye(4)), rtol=1e-3)
-
-
 def test_variants_train(text, tmp_path):
-    same = flags(**SMALL | {"max_iters": 4, "dataset": text})
-    for name in ("skip-gains", "diagonal-0"):
+    same = flags(**SMALL | {"max_iters": 1, "dataset": text})
+    for name in ("skip-gains", "diagonal-0.1"):
         assert variants.main([name, *same, f"--out_dir={tmp_path / name}"]) == 0
     gains = load_checkpoint(tmp_path / "skip-gains" / "last.pt")["model"]["blocks.0.gains"]
     assert (gains != 1).all()
-    alpha = load_checkpoint(tmp_path / "diagonal-0" / "last.pt")["model"]["dwa.alpha"]
-    assert (alpha.diagonal() == 1).all()
-    assert (alpha.tril(-1)[1:, 0] != 0).all()
+    alpha = load_checkpoint(tmp_path / "diagonal-0.1" / "last.pt")["model"]["dwa.alpha"]
+    first = (alpha - torch.eye(4)).abs() / alpha[1, 0].abs()  # the first steps of Adam are equal
+    assert first.allclose((first > 0) * (1 - 0.9 * torch.eye(4)), rtol=1e-2)
+    assert (first > 0).sum() == 9
