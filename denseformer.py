@@ -71,7 +71,7 @@ class Formula:
     def __init__(self, alpha: Tensor, rows: Rows, x: Tensor):
         self.alpha, self.rows, self.shape = alpha, rows, x.shape
         self.used = set().union(*rows)  # the j of all X_j that some Y_i needs
-        self.X: list[Tensor | None] = [x]
+        self.X: list = [x]
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
@@ -135,7 +135,7 @@ def is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and not is_compiling()
 
 
-def check_step(i: int, x: Tensor, allowed: Container[int], shape: torch.Size, L: int):
+def check_step(i: int, x: Tensor, allowed: Container[int | None], shape: torch.Size, L: int):
     """Raise RuntimeError unless x can be X_i, and step i may run now."""
     if i not in allowed or i > L or getattr(x, "shape", None) != shape:
         raise RuntimeError(

@@ -62,11 +62,11 @@ class FixedCache(KVCache):
 
     def __init__(self, config: DenseFormerConfig, B: int, device: torch.device, dtype: torch.dtype):
         super().__init__(config, B, device, dtype)
-        self.length = torch.zeros((), device=device, dtype=torch.long)
+        self.length = torch.zeros((), device=device, dtype=torch.long)  # type: ignore[assignment]
 
     def advance(self, T: int) -> Tensor:
         """Make room for T tokens; return their positions, (T,)."""
-        self.t = self.length + torch.arange(T, device=self.length.device)
+        self.t = self.length + torch.arange(T, device=self.layers[0].device)
         self.length += T
         room = torch.arange(self.layers[0].size(3), device=self.t.device)
         self.mask = self.t[:, None] >= room  # (T, block_size)

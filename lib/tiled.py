@@ -80,12 +80,14 @@ class TiledDWA(DWA):
     """A DWA that computes in tiles, with the parameter, the results and the limits of the DWA in
     place. Sparse patterns, for which the formula moves less memory, use the formula."""
 
+    read: Tensor  # the map from X to Y: alpha where a DWA reads,
+    same: Tensor  # 1 where Y_i = X_i, and 0 elsewhere
+
     def __init__(self, n_layer: int, pattern: str | Rows = "1x1"):
         super().__init__(n_layer, pattern)
         read = torch.zeros(n_layer + 1, n_layer + 1, dtype=torch.bool)
         for i, row in enumerate(self.rows):
             read[i, row] = True
-        # the map from X to Y: alpha where a DWA reads, 1 where Y_i = X_i, and 0 elsewhere
         self.register_buffer("read", read, persistent=False)
         self.register_buffer("same", torch.diag(~read.any(dim=1)), persistent=False)
 
