@@ -155,8 +155,8 @@ def test_sample(trained, capsys, monkeypatch):
     # A character of several tokens is printed whole.
     tokens = [torch.tensor([[byte]]) for byte in "é€".encode()]
     monkeypatch.setattr(DenseFormer, "stream", lambda *args: iter(tokens))
-    model = DenseFormer, ByteTokenizer(), {"step": 0}
-    monkeypatch.setattr(sample, "load_model", lambda *args: model)
+    loaded = DenseFormer(DenseFormerConfig(256, 8, 1, 1, 4)), ByteTokenizer(), {"step": 0}
+    monkeypatch.setattr(sample, "load_model", lambda *args: loaded)
     assert write("--start=a") == "aé€\n"
 
 
