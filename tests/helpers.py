@@ -30,7 +30,7 @@ def flags(**settings):
 
 def script(*args, **options):
     command = [sys.executable, *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, **options)
 
 
 def torchrun(n, *args):
