@@ -221,3 +221,5 @@ def test_variants_train(text, tmp_path):
     first = (alpha - torch.eye(4)).abs() / alpha[1, 0].abs()  # the first steps of Adam are equal
     assert first.allclose((first > 0) * (1 - 0.9 * torch.eye(4)), rtol=1e-2)
     assert (first > 0).sum() == 9
+    with pytest.raises(UsageError, match="'skip-pains'"):  # as a pattern of --dwa
+        variants.main(["skip-pains", *same])
