@@ -229,7 +229,9 @@ def reference_logits(model, idx, pattern):
 
 
 @pytest.mark.parametrize(("pattern", "bias"), [("none", False), ("1x1", True), ("3x2", False)])
-def test_model_is_the_reference(pattern, bias):
+def test_model_is_the_reference(pattern, bias, monkeypatch):
+    if pattern == "3x2":  # rotary positions without complex numbers, as on a GPU
+        monkeypatch.setattr(denseformer, "is_compiling", lambda: True)
     model = tiny(pattern, bias=bias)
     with torch.no_grad():
         for p in model.parameters():
@@ -262,19 +264,6 @@ def test_initialization_is_gpt2s():
     for pattern in PATTERNS:  # each starts as the plain Transformer, "none"
         model.dwa = DWA(8, pattern)
         assert model(idx, idx)[0].equal(logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotary_positions_are_the_same_with_and_without_complex_numbers(dtype, monkeypatch):
-    x, rotary = (
-        torch.randn(2, 5, 3, 8).to(dtype),
-        denseformer.rotary_angles(torch.arange(5), 8, dtype),
-    )
-    turned = denseformer.rotate(x, rotary)
-    monkeypatch.setattr(denseformer, "is_compiling", lambda: True)
-    torch.testing.assert_close(denseformer.rotate(x, rotary), turned)
-    assert turned.dtype == dtype
-    assert_same(x.float().norm(dim=-1), turned.float().norm(dim=-1), 1e-2)
 
 
 # -----------------------------------------------------------------------------

@@ -296,36 +296,25 @@ def test_copies_pickles_averages_and_inference_mode(impl):
         assert dwa.alpha.grad is None
 
 
-def parallel_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    idx, result = torch.load(f"{folder}/idx.pt")[rank], {}
-    ddp = nn.parallel.DistributedDataParallel(tiny())
-    for _ in range(2):  # DDP rebuilds its buckets after the first iteration
-        ddp.zero_grad()
-        ddp(idx, idx)[1].backward()
-    result["ddp"] = gradients(ddp.module)
-    fsdp = torch.distributed.fsdp.fully_shard(tiny())
-    fsdp(idx, idx)[1].backward()
-    result["fsdp"] = {name: p.grad.full_tensor() for name, p in fsdp.named_parameters()}
-    torch.save(result, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    del ddp
-    torch.distributed.destroy_process_group()
-
-
-def test_data_parallel_and_fully_sharded(tmp_path):
-    idx = torch.randint(17, (2, 3, 8))
-    torch.save(idx, tmp_path / "idx.pt")
-    torch.multiprocessing.spawn(parallel_rank, (str(tmp_path),), nprocs=2)
+def test_data_parallel_and_fully_sharded():
+    """In one process, where both run all their hooks; tests/test_train.py trains with two."""
     naive = tiny()
     naive.dwa.impl = "naive"
-    naive(idx.flatten(0, 1), idx.flatten(0, 1))[1].backward()
-    for rank in (0, 1):
-        for result in torch.load(tmp_path / f"{rank}.pt").values():
-            assert_same(result, gradients(naive))
+    naive(IDX, IDX)[1].backward()
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    ddp = nn.parallel.DistributedDataParallel(tiny())
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for model in (ddp, torch.distributed.fsdp.fully_shard(tiny(), mesh=mesh)):
+        for _ in range(2):  # DDP rebuilds its buckets after the first iteration
+            model.zero_grad()
+            model(IDX, IDX)[1].backward()
+        grads = gradients(getattr(model, "module", model))
+        whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+        assert_same(whole, gradients(naive))
+    del ddp, model
+    torch.distributed.destroy_process_group()
 
 
 # -----------------------------------------------------------------------------
