@@ -12,15 +12,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.mark.parametrize(
-    ("dwa", "steps"),
-    [("none", 1), ("1x1", 1), ("1x1", 2), ("[[],[],[],[0,1]]", 1)],  # the last skips block 2
+    "setting",
+    ["--dwa=none", "--dwa=1x1", "--dwa=[[],[],[],[0,1]]", "--gradient_accumulation_steps=2"],
 )
-def test_graphs_train_as_eager_mode_does(text, tmp_path, dwa, steps):
-    same = SMALL | {"device": "cuda", "dtype": "float32", "dwa": dwa, "dwa_start_iter": 3}
-    same |= {"gradient_accumulation_steps": steps}  # with 2, no graph can be recorded
-    for compile in (True, False):
-        new = flags(**same, dataset=text, out_dir=tmp_path / str(compile), compile=compile)
-        assert train.main(new) == 0
+def test_graphs_train_as_eager_mode_does(text, tmp_path, setting):
+    same = flags(**SMALL | {"device": "cuda", "dwa_start_iter": 3}, dataset=text, dtype="float32")
+    for run in ("True", "False"):
+        assert train.main([*same, setting, f"--out_dir={tmp_path / run}", f"--compile={run}"]) == 0
     close(tmp_path / "True", tmp_path / "False", rel=1e-2)
 
 
