@@ -33,7 +33,9 @@ class SampleConfig:
     max_new_tokens: int = flag(500, "tokens to generate per sample", low=1)
     temperature: float = flag(0.8, "0: the most likely token; 1: the model's distribution", low=0.0)
     top_k: int | None = flag(None, "sample only from this many most likely tokens", low=1)
-    top_p: float | None = flag(None, "sample from the fewest tokens with this probability in all")
+    top_p: float | None = flag(
+        None, "sample only from the smallest set of tokens that has this probability"
+    )
     seed: int = flag(1337, "the same seed gives the same text", low=0)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 

@@ -9,8 +9,8 @@ python train.py --init_from out/best.pt --dwa 2x1 --out_dir out-more    from tra
 torchrun --standalone --nproc_per_node 8 train.py --preset paper-48     several GPUs
 
 --dataset is shakespeare, pydoc or openwebtext, or the path of a UTF-8 text file, a folder of .txt
-files, or a folder with nanoGPT's train.bin and val.bin. The default is shakespeare, or pydoc if
-it cannot be downloaded.
+or .parquet files, or a folder with nanoGPT's train.bin and val.bin. The default is shakespeare, or
+pydoc if it cannot be downloaded. A preset replaces the defaults below, and your flags replace both.
 
 --dwa is dilation x period, such as 4x5; last4, the last 4 outputs and the embedding;
 connect-to-last; none; or the rows of alpha as data: for each block, and 0, the list of the X_j that
@@ -433,7 +433,6 @@ def train(config, checkpoint, device):
     bar = tqdm(total=config.max_iters, initial=step, unit="step", leave=False, disable=hidden)
     start = time.perf_counter()
     run.start_clock()
-    model.train()
     with bar, StopSignals() as stop:  # until here, Ctrl-C ends the program at once
         while True:
             # evaluate and save; if a signal asks to stop, only save

@@ -1,4 +1,4 @@
-# Make the plots and numbers of "What the alphas learned" in lab/README.md.
+# Make the plots and numbers of "What do the alphas learn?" in lab/README.md.
 #
 #     sh lab/analysis.sh FOLDER > lab/analysis.txt
 #

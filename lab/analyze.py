@@ -181,9 +181,9 @@ def plot_alphas(alphas: dict[str, Tensor], rows: Rows, width: float, height: flo
         image = axes.imshow(shown.numpy(), cmap="RdBu_r", norm=norm, extent=extent)
         axes.set_facecolor("0.9")
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("$j$ (of $X_j$)")
+        axes.set_xlabel("$j$ (output $X_j$; $X_0$: embedding)")
         axes.locator_params(integer=True)
-    all_axes[0, 0].set_ylabel("$i$ (of $Y_i$)")
+    all_axes[0, 0].set_ylabel("$i$ (DWA output $Y_i$)")
     figure.colorbar(image, ax=all_axes, label=r"$\alpha_{i,j}$", shrink=0.85)
     return figure
 

@@ -57,9 +57,10 @@ def parse_flags(
 
     Raises UsageError, in one sentence, for an unknown flag or a wrong value.
     """
+    program = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0])  # of python -m, or not
     parser = Parser(
         description=description, epilog=epilog, allow_abbrev=False,
-        usage=f"python {sys.argv[0]} [--flag value] [--flag=value] ...",
+        usage=f"{program} [--flag value] [--flag=value] ...",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=38, width=100
         ),
