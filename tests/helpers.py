@@ -15,7 +15,6 @@ import train
 from lib.checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent.parent
-SHARED = HERE.parent / "shared" / "data"  # real texts, where available
 
 SMALL = {
     "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "device": "cpu",
@@ -31,11 +30,6 @@ def flags(**settings):
 def script(*args, **options):
     command = [sys.executable, *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, **options)
-
-
-def torchrun(n, *args):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-    return script(*launcher, HERE / "train.py", *args)
 
 
 def spawn(n, settings, program, **environment):

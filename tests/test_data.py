@@ -15,9 +15,8 @@ from filelock import FileLock
 
 import data
 from data import cache, text
-from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, fetch_vocabulary, from_state
+from data.tokenizer import ByteTokenizer, CharTokenizer, fetch_vocabulary, from_state
 from lib.files import UserError
-from tests.helpers import SHARED
 
 CONTENT = b"To be, or not to be, that is the question:\n" * 7000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -51,22 +50,6 @@ def refuse(reason, *args):
 
 def ids_of(dataset):
     return [*dataset.train.tolist(), *dataset.val.tolist()]
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="no real texts here")
-def test_real_texts_have_the_tokens_of_nanogpt(monkeypatch):
-    monkeypatch.setenv("HOME", str(SHARED))
-    monkeypatch.setenv("SHAKESPEARE_URL", "~/tinyshakespeare.txt")
-    plays = data.load(None, 64)
-    assert (len(plays.train), len(plays.val)) == (1_003_854, 111_540)
-    pytest.importorskip("tiktoken")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-    tokenizer = GPT2Tokenizer()
-    ids = np.fromfile(SHARED / "openwebtext" / "val_nanogpt_layout.bin", "u2", 5000).tolist()
-    first = ids[: ids.index(tokenizer.end)]
-    assert tokenizer.encode(tokenizer.decode(first)).tolist() == first
-    assert tokenizer.decode(tokenizer.encode("<|endoftext|>\ud800").tolist()) == "<|endoftext|>?"
-    assert tokenizer.decode([50_300]) == ""
 
 
 def test_own_text_is_characters_or_bytes(monkeypatch):
@@ -165,6 +148,9 @@ def test_files_of_nanogpt(small_gpt2):
     ids[800:].tofile("val.bin")
     bins = data.load(".", 8)
     assert (len(bins.train), ids_of(bins)) == (800, ids.tolist())
+    encode, decode = bins.tokenizer.encode, bins.tokenizer.decode
+    assert decode(encode("<|endoftext|>\ud800").tolist()) == "<|endoftext|>?"
+    assert decode([50_300]) == ""
     refuse("must be gpt2", ".", 8, "byte")
     for content in (b"", b"\xff" * 90, ids.astype("<u4").tobytes()):
         Path("train.bin").write_bytes(content)

@@ -13,7 +13,7 @@ import denseformer
 import sample
 import train
 from lab import analyze, bench
-from tests.helpers import HERE, torchrun
+from tests.helpers import HERE, script
 
 README = (HERE / "README.md").read_text()
 SCRIPTS = {"train.py": train, "sample.py": sample, "lab.analyze": analyze, "lab.bench": bench}
@@ -62,12 +62,13 @@ def test_the_commands_run(tmp_path):
             assert all(name in packages for name in args[1:])
         elif program == "torchrun":
             assert args[:3] == ["--standalone", "--nproc_per_node", "8"]
-            run = torchrun(2, *shorten(args[3], args[4:]), "--device=cpu")
+            two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            run = script(*two, HERE / args[3], *shorten(args[3], args[4:]), "--device=cpu")
             assert run.returncode == 0, run.stderr
         else:
             assert program == "python"
-            script, *args = args[args[0] == "-m" :]
-            assert not SCRIPTS[script].main([*shorten(script, args), "--device=cpu"]), args
+            name, *args = args[args[0] == "-m" :]
+            assert not SCRIPTS[name].main([*shorten(name, args), "--device=cpu"]), args
     for name in ("out/alpha.png", "out/pruned.pt", "out-pruned/last.pt"):
         assert (tmp_path / name).exists(), name
 
