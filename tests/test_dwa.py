@@ -94,13 +94,6 @@ def use_outputs(dwa, blocks, x):  # auxiliary losses, a Y_i used twice, one deta
     return Y[4].sin() + Y[7].square() + Y[9].cos()
 
 
-def use_two_forwards(dwa, blocks, x):
-    a, b = run(dwa, blocks, x), run(dwa, blocks, 2 * x)
-    with torch.no_grad():
-        run(dwa, blocks, x[:1])
-    return a * b
-
-
 def use_no_grad(*steps, blocks_too=True):
     def use(dwa, blocks, x):
         with torch.set_grad_enabled(0 not in steps):
@@ -146,7 +139,6 @@ USES = {
     "early exit": lambda dwa, blocks, x: run(dwa, blocks[:7], x).square(),
     "frozen alphas": lambda dwa, blocks, x: use_frozen(dwa, blocks, x, dwa),
     "frozen start": lambda dwa, blocks, x: use_frozen(dwa, blocks, x.detach(), blocks[0], dwa),
-    "two forwards": use_two_forwards,
     "no_grad first": lambda dwa, blocks, x: use_no_grad(0, 1, 2)(dwa, blocks, x.detach()),
     "no_grad at times": use_no_grad(0, 3, 5, 6, 8),
     "no_grad around steps": use_no_grad(3, 4, 7, blocks_too=False),
@@ -186,12 +178,6 @@ def test_gradients_in_place_are_naive_ones(
 
 
 def second_backward(dwa, blocks, x):
-    loss = run(dwa, blocks, x).sum()
-    loss.backward(retain_graph=True)
-    loss.backward()
-
-
-def second_other_backward(dwa, blocks, x):
     # The backward of blocks 5..9 stops at step 5; that of an auxiliary loss then begins at 4.
     Y = {}
     loss = run(dwa, blocks, x, Y.__setitem__).sum()
@@ -222,8 +208,7 @@ def step_after_backward(dwa, blocks, x):
     depth.step(2, blocks[1](y))
 
 
-LIMITS = [second_backward, second_other_backward, create_graph]
-LIMITS += [checkpoint_around_steps, step_after_backward]
+LIMITS = [second_backward, create_graph, checkpoint_around_steps, step_after_backward]
 WRONG = {f.__name__: f for f in LIMITS} | {
     "a skipped step": lambda dwa, blocks, x: dwa(x).step(2, x),
     "a tuple": lambda dwa, blocks, x: dwa(x).step(1, (x, x)),

@@ -79,8 +79,8 @@ def test_data_that_has_moved(text, tmp_path, capsys):
     other.write_text(moved.read_text()[::-1])
     with pytest.raises(UserError, match=r"other\.txt is not the data"):
         analyze.main(flags(**config, dataset=other))
-    analyze.main(flags(**config, dataset=moved, prune=0.5))
-    assert re.search("from step 0.*pruned.pt has 4 of 8 alphas", capsys.readouterr().out, re.DOTALL)
+    analyze.main(flags(**config, dataset=moved, prune=0.25))
+    assert re.search("from step 0.*pruned.pt has 6 of 8 alphas", capsys.readouterr().out, re.DOTALL)
 
 
 def test_bench_runs_whole(tmp_path, capsys, monkeypatch):
@@ -121,12 +121,6 @@ def test_rows_compute_what_they_say():
         loss.backward()
         results.append((loss, model.dwa.alpha.grad, model.wte.weight.grad))
         torch.testing.assert_close(results[-1], results[0], rtol=1e-4, atol=1e-6)
-    # learned positions: attention without any rotation
-    block, x = model.blocks[0], torch.randn(2, 16, 16)
-    still = torch.tensor([1.0, 0]).expand(16, 1, 4, 2)  # cos and sin of 0
-    assert bench.attention(block.attn, x).allclose(block.attn(x, still), atol=1e-6)
-    model = bench.make_model("learned positions", c, CPU)
-    assert model.drop(x).equal(x + model.wpe.weight)
 
 
 def test_columns():
@@ -135,8 +129,6 @@ def test_columns():
     assert bench.cell([4000, 1000, 1200], [1000, 1000, 1000]) == "1,200 | 1.200"
     assert bench.count_moved(DWA(8)) == 202
     assert bench.count_moved(bench.TensordotDWA(8)) == 282
-    peak = bench.peak_memory(lambda: [torch.ones(1 << 20).sum() for _ in range(2)], CPU)
-    assert peak == pytest.approx(4 << 20, rel=0.01)
 
 
 def test_p_value():

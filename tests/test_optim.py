@@ -8,10 +8,9 @@ from lib.optim import Muon, configure_optimizers, orthogonalize, set_lr
 from test_denseformer import tiny
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (6, 12, 36)])
-def test_orthogonalize_keeps_the_singular_vectors(shape):
+def test_orthogonalize_keeps_the_singular_vectors():
     torch.manual_seed(0)
-    G = torch.randn(shape).double() * 1e-3
+    G = torch.randn(6, 12, 36).double() * 1e-3
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     scale = U.mT @ orthogonalize(G) @ Vh.mT  # diagonal, with the new singular values
     new = scale.diagonal(dim1=-2, dim2=-1)
