@@ -63,6 +63,7 @@ def test_the_choice_of_an_implementation():
     cpu = torch.device("cpu")
     for impl, L, kind in (("auto", 8, DWA), ("auto", 24, TiledDWA), ("tiled", 8, TiledDWA)):
         assert type(make_dwa(DWA(L), impl, cpu)) is kind
+    assert TiledDWA(8).state_dict().keys() == {"alpha"}  # checkpoints do not depend on it
     assert make_dwa(DWA(8, "4x5"), "naive", cpu).impl == "naive"
     assert not isinstance(TiledDWA(48, "4x5")(torch.zeros(3)), denseformer.InPlace)
 
