@@ -123,10 +123,6 @@ def test_dwa_is_the_formula_of_the_paper(pattern, n_layer, impl):
     assert_dwa_is_the_formula(dwa)
 
 
-# -----------------------------------------------------------------------------
-# Patterns
-
-
 @pytest.mark.parametrize("n_layer", [5, 48])
 @pytest.mark.parametrize("pattern", [*PATTERNS, "1x5", "12x1"])
 def test_rows_are_the_papers_definition(pattern, n_layer):
@@ -264,10 +260,6 @@ def test_initialization_is_gpt2s():
     for pattern in PATTERNS:  # each starts as the plain Transformer, "none"
         model.dwa = DWA(8, pattern)
         assert model(idx, idx)[0].equal(logits)
-
-
-# -----------------------------------------------------------------------------
-# Generation
 
 
 @pytest.mark.parametrize("prompt", [1, 5, 13])  # block_size is 8

@@ -7,7 +7,6 @@ import sys
 import threading
 import zlib
 from pathlib import Path
-from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     for name in list(os.environ):
-        if name.startswith("SHAKESPEARE_") or name.lower().endswith("_proxy"):
+        if name.startswith(("HF_", "SHAKESPEARE_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
 
@@ -148,9 +147,6 @@ def test_files_of_nanogpt(small_gpt2):
     ids[800:].tofile("val.bin")
     bins = data.load(".", 8)
     assert (len(bins.train), ids_of(bins)) == (800, ids.tolist())
-    encode, decode = bins.tokenizer.encode, bins.tokenizer.decode
-    assert decode(encode("<|endoftext|>\ud800").tolist()) == "<|endoftext|>?"
-    assert decode([50_300]) == ""
     refuse("must be gpt2", ".", 8, "byte")
     for content in (b"", b"\xff" * 90, ids.astype("<u4").tobytes()):
         Path("train.bin").write_bytes(content)
@@ -182,64 +178,62 @@ def write_parquet(path, texts, column="text"):
     parquet.write_table(pyarrow.table({column: texts}), path, row_group_size=100)
 
 
-def test_parquet_files_in_a_folder_or_on_the_hub(small_gpt2, monkeypatch):
+def test_a_folder_of_parquet_files(small_gpt2):
     (first, train, val), (second, more, _) = documents(0), documents(1)
-    Path("plain_text").mkdir()
-    Path("plain_text/README.txt").write_text("no text to train on")
-    write_parquet(data.SHARD.format(0), [None, *first])  # a null is no document
-    write_parquet(data.SHARD.format(1), [text.encode() for text in second])
-
-    def download(repo, name, repo_type, revision):
-        try:
-            return Path(name).resolve(strict=True)
-        except OSError as error:
-            raise ValueError("not in the cache, and no connection") from error
-
-    hub = pytest.importorskip("huggingface_hub")
-    real = create_autospec(hub.hf_hub_download, side_effect=download)
-    monkeypatch.setattr(hub, "hf_hub_download", real)
-    for both in (data.load("plain_text", 8), data.load("openwebtext", 8, None, 2)):
-        assert both.val.tolist() == small_gpt2(val) != []
-        assert both.train.tolist() == small_gpt2(train + more)
-    in_bytes = data.load("openwebtext", 8, "byte")
+    Path("README.txt").write_text("no text to train on")
+    write_parquet("train-0.parquet", [None, *first])  # a null is no document
+    write_parquet("train-1.parquet", [text.encode() for text in second])
+    both = data.load(".", 8)
+    assert both.val.tolist() == small_gpt2(val) != []
+    assert both.train.tolist() == small_gpt2(train + more)
+    in_bytes = data.load("train-0.parquet", 8, "byte")
     assert bytes(in_bytes.train.tolist()).decode() == "\n".join([*train, ""])
-    write_parquet("plain_text/validation.parquet", second[:9])
-    assert ids_of(data.load("plain_text", 8)) == small_gpt2(first + second + second[:9])
+    write_parquet("validation.parquet", second[:9])
+    assert ids_of(data.load(".", 8)) == small_gpt2(first + second + second[:9])
+
+
+def test_a_damaged_parquet_file_is_named(small_gpt2):
     for column, texts, reason in (("text", [[1], [2]], "cast"), ("content", ["a"], '"text"')):
         write_parquet("my.parquet", texts, column)
         refuse(f"cannot read my.parquet: .*{reason}", "my.parquet", 16)
     os.truncate("my.parquet", 100)
     refuse("cannot read my.parquet: .*magic", "my.parquet", 16)
-    refuse("cannot download openwebtext: No such file", "openwebtext", 16, None, 3)
-    refuse("1 to 80 shards", "openwebtext", 16, None, 0)
-    for module, choice in (("pyarrow.parquet", "byte"), ("tiktoken", ""), ("huggingface_hub", "")):
-        monkeypatch.setitem(sys.modules, module, None)
-        refuse(f"needs {module.partition('.')[0]}: pip install", "openwebtext", 16, choice or None)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answer with CONTENT, or with the next of the server's faults."""
+    """Serve files at /plain/, and as the hub does: answer HEAD and redirect to another host."""
 
     def do_GET(self):
-        self.server.requests += 1
-        fault = next(self.server.faults, 200)
-        status = fault if isinstance(fault, int) else 200
+        server, folder, name = self.server, self.path.split("/")[1], Path(self.path).name
+        content = Path(name).read_bytes()
+        server.seen.append((folder, self.headers.get("Authorization")))
+        fault = next(server.faults.get(folder, iter(())), None)
+        status, headers = 200, {"Content-Length": len(content)}
+        if isinstance(fault, int):
+            status, headers = fault, {"Retry-After": 9999} if fault == 503 else {}
+        elif data.REVISION in self.path:  # one of the hub's addresses
+            location = f"http://localhost:{server.server_port}/signed/{name}"
+            etag = f'"{hashlib.sha256(content).hexdigest()}"'
+            headers = {"Location": location, "X-Repo-Commit": data.REVISION, "X-Linked-ETag": etag}
+            status, headers["X-Linked-Size"] = 302, len(content)
         self.send_response(status)
-        self.send_header("Content-Length", len(CONTENT))
-        if status == 503:
-            self.send_header("Retry-After", 9999)
+        for header in headers.items():
+            self.send_header(*header)
         self.end_headers()
-        self.wfile.write(CONTENT if status == fault else CONTENT[:150_000])
+        if self.command == "GET" and status < 300:
+            self.wfile.write(content[: len(content) // 2 if fault else None])
         if fault == "stalls":
-            self.server.release.wait(30)
+            server.release.wait(30)
+
+    do_HEAD = do_GET
 
 
 @pytest.fixture
 def server(monkeypatch):
+    Path("a.bin").write_bytes(CONTENT)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        httpd.url = f"http://127.0.0.1:{httpd.server_port}/a.bin"
-        httpd.faults, httpd.pauses, httpd.requests = iter(()), [], 0
-        httpd.release = threading.Event()
+        httpd.url = f"http://127.0.0.1:{httpd.server_port}/plain/a.bin"
+        httpd.faults, httpd.seen, httpd.pauses, httpd.release = {}, [], [], threading.Event()
         monkeypatch.setattr("time.sleep", httpd.pauses.append)
         threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
         yield httpd
@@ -250,12 +244,12 @@ def server(monkeypatch):
 @pytest.mark.parametrize(
     ("faults", "pauses", "says"),
     [([500, 429, 503], [2, 60], None), ([500] * 4, [2, 4], "500"), ([404], [], "404 Client Error"),
-     (["stalls"], [], "timed out"), (["breaks"], [], "151000 more expected")],
+     (["stalls"], [], "timed out"), (["breaks"], [], "150500 more expected")],
 )  # fmt: skip
 def test_the_vocabulary_is_fetched(server, monkeypatch, faults, pauses, says):
     monkeypatch.setattr("data.tokenizer.VOCABULARY", {server.url: SHA256})
     monkeypatch.setattr(cache, "TIMEOUT", (30.0, 0.3 if "stalls" in faults else 30.0))
-    server.faults = iter(faults)
+    server.faults = {"plain": iter(faults)}
     if says:
         with pytest.raises(UserError, match=f"cannot get {server.url}: .*{says}"):
             fetch_vocabulary()
@@ -263,7 +257,7 @@ def test_the_vocabulary_is_fetched(server, monkeypatch, faults, pauses, says):
         fetch_vocabulary()
     name = hashlib.sha1(server.url.encode()).hexdigest()  # where tiktoken looks for it
     assert Path(os.environ["TIKTOKEN_CACHE_DIR"], name).read_bytes() == CONTENT
-    assert server.requests == len(faults) + 1
+    assert len(server.seen) == len(faults) + 1
     assert server.pauses == pauses
 
 
@@ -275,12 +269,12 @@ def test_pydoc_replaces_tiny_shakespeare_if_nobody_named_it(server, monkeypatch,
         ("missing.txt", "No such file"), (__file__, "sha256"), (server.url, "404"),
     ):  # fmt: skip
         monkeypatch.setenv("SHAKESPEARE_URL", url)
-        server.faults = iter([404, 500])
+        server.faults = {"plain": iter([404, 500])}
         refuse(f"cannot get [^ ]*: [^(]*({reason})", "shakespeare", 64)
         assert data.load(None, 64).name == "pydoc"
         out = capsys.readouterr().out
         assert out.count("\n") == out.count("Tiny Shakespeare cannot be downloaded") == 1
-    assert server.requests == 2  # without a name, there is one attempt
+    assert len(server.seen) == 2  # without a name, there is one attempt
     assert data.load(None, 64).name == "shakespeare"
     (cache.cache_dir() / data.SHAKESPEARE).unlink()
     ends = []  # of the lookup of the host's name
@@ -288,3 +282,31 @@ def test_pydoc_replaces_tiny_shakespeare_if_nobody_named_it(server, monkeypatch,
     monkeypatch.setattr("socket.getaddrinfo", lambda *_: ends.append(server.release.wait(30)) or [])
     assert data.load(None, 64).name == "pydoc"
     assert not ends
+
+
+def test_openwebtext_from_a_hub_with_faults(server, small_gpt2, monkeypatch):
+    (first, train, val), (second, more, _) = documents(0), documents(1)
+    write_parquet(Path(data.SHARD.format(0)).name, first)
+    write_parquet(Path(data.SHARD.format(1)).name, second)
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    for name, value in (("ENDPOINT", endpoint), ("HOME", "hf"), ("TOKEN", "secret")):
+        monkeypatch.setenv(f"HF_{name}", value)
+    for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+        monkeypatch.delitem(sys.modules, name)  # it reads the environment when it is imported
+    constants = pytest.importorskip("huggingface_hub.constants")
+    for folder, status in (("datasets", 401), ("datasets", 429), ("signed", 403)):
+        server.faults = {folder: iter([status] * 9)}
+        refuse(f"cannot download openwebtext: .*{status} ", "openwebtext", 16)
+    server.faults = {"datasets": iter([429, 503]), "signed": iter([429, "breaks"])}
+    two = data.load("openwebtext", 16, None, 2)
+    assert set(server.seen) == {("datasets", "Bearer secret"), ("signed", None)}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    one = data.load("openwebtext", 16)
+    assert two.train.tolist() == small_gpt2(train + more)
+    assert one.train.tolist() == small_gpt2(train)
+    assert one.val.tolist() == two.val.tolist() == small_gpt2(val)
+    refuse("HF_HUB_OFFLINE", "openwebtext", 16, None, 3)
+    refuse("1 to 80 shards", "openwebtext", 16, None, 0)
+    for module, choice in (("pyarrow.parquet", "byte"), ("tiktoken", ""), ("huggingface_hub", "")):
+        monkeypatch.setitem(sys.modules, module, None)
+        refuse(f"needs {module.partition('.')[0]}: pip install", "openwebtext", 16, choice or None)

@@ -45,10 +45,6 @@ def nan_in_empty():
 IMPLS = {"inplace": DWA, "tiled": TiledDWA, "naive": partial(DWA, impl="naive")}
 
 
-# -----------------------------------------------------------------------------
-# Tiles
-
-
 @everywhere
 @pytest.mark.parametrize("tile", [1, 3, 8, 99])  # rows: some divide the depth, some do not
 @pytest.mark.parametrize(("pattern", "n_layer"), [("1x1", 5), ("1x1", 48), ("2x1", 9), ("1x2", 48)])

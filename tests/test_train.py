@@ -116,6 +116,7 @@ def test_advice_instead_of_a_traceback(fails, monkeypatch):
     for error, says in (
         (RuntimeError("can't allocate memory"), "--batch_size.*--gradient_accumulation_steps"),
         (RuntimeError("Failed to find C compiler"), "--compile=False --dwa_impl inplace"),
+        (RuntimeError("Error(s) in loading state_dict for DenseFormer"), "another model"),
     ):
         monkeypatch.setattr(train, "main", Mock(side_effect=error))
         fails(train, says=says)
@@ -164,11 +165,16 @@ def test_the_gradient_is_clipped(text, tmp_path, clip):
     assert (abs(first - last) < 1e-4) == (clip > 0)
 
 
-@pytest.mark.parametrize("seen_by", ["log_interval", "eval_interval"])
-def test_training_that_diverges_ends_and_keeps_the_checkpoint(text, tmp_path, fails, seen_by):
+@pytest.mark.parametrize("seen_by", ["log_interval", "eval_interval", "evaluate"])
+def test_training_that_diverges_ends_and_keeps_the_checkpoint(
+    text, tmp_path, fails, monkeypatch, seen_by
+):
     out, handler = tmp_path / "out", signal.getsignal(signal.SIGINT)
     wild = SMALL | {"learning_rate": 1e30, "optimizer": "adamw", "warmup_iters": 0}
     wild |= {"log_interval": 99, "eval_interval": 99, "max_iters": 200} | {seen_by: 1}
+    if seen_by == "evaluate":  # which finds nan, though all weights are finite
+        wild = SMALL
+        monkeypatch.setattr(train, "evaluate", Mock(side_effect=[4.0, float("nan")]))
     fails(train, *flags(**wild, dataset=text, out_dir=out), says="diverged")
     assert signal.getsignal(signal.SIGINT) is handler
     assert all(w.isfinite().all() for w in weights(out).values())
