@@ -155,10 +155,10 @@ class Run:
 
         Raises UserError if the loss or a weight is not finite, or the disk is full.
         """
-        self.check_finite(step, [torch.tensor(val_loss or 0.0), *self.model.parameters()])
-        loss = math.inf if val_loss is None else val_loss
-        is_best = loss < self.best_val_loss
-        self.best_val_loss = min(loss, self.best_val_loss)
+        losses = [] if val_loss is None else [val_loss]
+        self.check_finite(step, [torch.tensor(losses), *self.model.parameters()])
+        is_best = min(losses, default=math.inf) < self.best_val_loss
+        self.best_val_loss = min([self.best_val_loss, *losses])
         if RANK > 0:
             return
         best = self.facts | {
