@@ -36,7 +36,7 @@ class SampleConfig:
     top_p: float | None = flag(
         None, "sample only from the smallest set of tokens that has this probability"
     )
-    seed: int = flag(1337, "the same seed gives the same text", low=0)
+    seed: int = flag(1337, "the same seed gives the same text", low=0, below=2**63)
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
 
 

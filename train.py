@@ -17,10 +17,12 @@ connect-to-last; none; or the rows of alpha as data: for each block, and 0, the 
 its DWA reads, such as "[[],[0,1],[1,2]]" for 2 blocks.
 """
 
+import os
 import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ frames if another process fails
 
 import json
 import math
@@ -87,7 +89,7 @@ PRESETS = {
 
 def pattern(text):
     """Return the value of --dwa: the name of a pattern, or rows as data."""
-    return [[*map(int, row)] for row in json.loads(text)] if text.startswith("[") else text
+    return [[*row] for row in json.loads(text)] if text.startswith("[") else text
 
 
 @dataclass
@@ -133,7 +135,7 @@ class TrainConfig:
     device: str = flag("auto", "cpu, cuda, cuda:1, mps...; auto prefers cuda, then mps")
     dtype: str = flag("auto", "auto: bfloat16 if the hardware supports it", choices=DTYPES)
     compile: bool | None = flag(None, "compile the blocks and the loss (default: on CUDA)")
-    seed: int = flag(1337, "random seed for weights, batches and dropout", low=0)
+    seed: int = flag(1337, "random seed for weights, batches and dropout", low=0, below=2**63)
 
 
 SHAPE = ["n_layer", "n_head", "n_embd", "bias", "tokenizer"]  # --init_from cannot change these

@@ -87,8 +87,7 @@ class Runs:
     def train_one(self, run: str) -> dict:
         name = f"{self.config.name}-{zlib.crc32(run.encode()):08x}"
         out_dir = Path(self.config.out_dir) / name
-        words = [*shlex.split(run), "--out_dir", str(out_dir), "--overwrite"]
-        call(words, self.config.jobs)
+        call([*shlex.split(run), "--out_dir", str(out_dir), "--overwrite"], self.config.jobs)
         log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
         checkpoint = load_checkpoint(out_dir / "last.pt")
         shape, weights = checkpoint["model_config"], checkpoint["model"]

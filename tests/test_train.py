@@ -86,6 +86,7 @@ WRONG = [
     (2, train, "--optimizer=sgd", "--optimizer"), (2, train, "--bias=maybe", "--bias"),
     (2, train, "--dataset=", "--dataset: is empty"), (2, train, "--device=abacus", "--device"),
     (2, train, "--dwa=[[],[0,1", "--dwa"), (2, train, "--n_layer=1 --dwa=[[],[2]]", "--dwa"),
+    (2, train, "--n_layer=1 --dwa=[[],[0.5]]", "--dwa"), (2, sample, f"--seed={2**64}", "--seed"),
     (2, train, "--n_embd=6 --n_head=2", "n_embd"), (2, sample, "--top_p=0", "--top_p"),
     (2, train, "--min_lr=1 --learning_rate=0.1", "--min_lr"),
     (2, train, "--dwa_start_iter=9 --max_iters=9", "--dwa_start_iter"),
@@ -428,6 +429,8 @@ def test_two_micro_batches_or_two_processes_are_one(text, tmp_path):
         ("if train.RANK == 0: settings += ['--dataset=missing']", "'missing'"),
         ("if train.RANK == 1: train.get_lr = lambda *args: open('missing')", "missing: No such"),
         ("train.torch.save = lambda *args: open('missing')", "best.pt: No such file"),
+        ("if train.RANK == 1: train.get_lr = lambda *args: os._exit(1)", "lost the connection"),
+        ("if train.RANK == 0: train.get_lr = lambda *args: os._exit(1)", ""),
     ],
 )
 def test_one_process_fails_and_all_end(text, line, says):
@@ -435,4 +438,5 @@ def test_one_process_fails_and_all_end(text, line, says):
     ended = spawn(2, settings, line)
     told = "".join(rank.stderr for rank in ended)
     assert all(rank.returncode in (1, 2) for rank in ended), told
-    assert (told.count(says), told.count("-c: "), told.count("Traceback")) == (1, 1, 0), told
+    # one sentence, of at most one process, and no traceback, in C++ neither
+    assert ["-c: " in line and says in line for line in told.splitlines()] == [True] * bool(says)
