@@ -24,7 +24,7 @@ Shapes: B sequences, T tokens, C channels (n_embd), V vocabulary, L blocks (n_la
 
 import math
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,9 @@ class Formula:
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        check_step(i, x, range(1, len(self.X) + 1), self.shape, len(self.rows) - 1)
+        # reentrant checkpointing runs a step again, but later Y have read an X_i without gradients
+        lost = any(X is not None and X.requires_grad < x.requires_grad for X in self.X[i : i + 1])
+        check_step(i, x, 0 < i <= len(self.X) and not lost, self.shape, len(self.rows) - 1)
         # append X_i, or replace it where checkpointing runs a step again
         self.X[i : i + 1] = [x if i in self.used else None]
         if not self.rows[i]:
@@ -135,12 +137,12 @@ def is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and not is_compiling()
 
 
-def check_step(i: int, x: Tensor, allowed: Container[int | None], shape: torch.Size, L: int):
+def check_step(i: int, x: Tensor, allowed: bool, shape: torch.Size, L: int):
     """Raise RuntimeError unless x can be X_i, and step i may run now."""
-    if i not in allowed or i > L or getattr(x, "shape", None) != shape:
+    if not allowed or i > L or getattr(x, "shape", None) != shape:
         raise RuntimeError(
             f"DWA step {i} got {getattr(x, 'shape', type(x))}: steps 1..{L} run in order, and take "
-            f"a tensor like X_0, {shape}; in place each runs once, with impl='naive' also again"
+            f"a tensor like X_0, {shape}; to checkpoint them: impl='naive', use_reentrant=False"
         )
 
 
@@ -543,8 +545,7 @@ class InPlaceStep(torch.autograd.Function):
     def backward(ctx, g, order):  # g is None: nothing reads Y_i; order is None: it begins here
         buffer = ctx.buffer
         if torch.is_grad_enabled() or (order is None and buffer.next is None):
-            why = "a DWA in place has one backward pass and no second derivatives"
-            raise RuntimeError(f"{why}; DWA(..., impl='naive') has neither limit")
+            raise RuntimeError("a second backward pass or derivative needs DWA(..., impl='naive')")
         dx = buffer.backward(ctx.i, g)
         if not ctx.is_first and ctx.needs_input_grad[1]:
             return dx, dx.new_empty(0), None, None
@@ -562,7 +563,7 @@ class InPlace:
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        check_step(i, x, [self.buffer.next], self.buffer.shape, len(self.buffer.dalpha) - 1)
+        check_step(i, x, i == self.buffer.next, self.buffer.shape, len(self.buffer.dalpha) - 1)
         if not (torch.is_grad_enabled() or x.requires_grad):
             return self.buffer.forward(i, x)  # no gradient can reach X_i, nor alpha from Y_i
         with torch.enable_grad():  # under no_grad, a later Y still passes a gradient to X_i

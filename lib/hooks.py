@@ -48,7 +48,7 @@ class Hooks:
     def __init__(self, model: nn.Module, blocks: list[nn.Module]):
         self.model, self.blocks = model, blocks
         self.handles = [blocks[0].register_forward_pre_hook(self.begin, with_kwargs=True)]
-        self.handles += [block.register_forward_hook(self.step) for block in blocks]
+        self.handles += [block.register_forward_hook(self.step, prepend=True) for block in blocks]
         # A call is a call of any module around the blocks: peft, for one, bypasses the outermost.
         for module in model.modules():
             if set(blocks) <= set(module.modules()) - {module}:

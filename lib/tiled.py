@@ -80,16 +80,13 @@ class TiledDWA(DWA):
     """A DWA that computes in tiles, with the parameter, the results and the limits of the DWA in
     place. Sparse patterns, for which the formula moves less memory, use the formula."""
 
-    read: Tensor  # the map from X to Y: alpha where a DWA reads,
-    same: Tensor  # 1 where Y_i = X_i, and 0 elsewhere
-
     def __init__(self, n_layer: int, pattern: str | Rows = "1x1"):
         super().__init__(n_layer, pattern)
-        read = torch.zeros(n_layer + 1, n_layer + 1, dtype=torch.bool)
+        read = torch.zeros(n_layer + 1, n_layer + 1, dtype=torch.bool, device="cpu")
         for i, row in enumerate(self.rows):
             read[i, row] = True
-        self.register_buffer("read", read, persistent=False)
-        self.register_buffer("same", torch.diag(~read.any(dim=1)), persistent=False)
+        # no buffers, which to_empty and from_pretrained would leave uninitialized
+        self.masks = read, torch.diag(~read.any(dim=1))
 
     @torch.enable_grad()  # alpha learns even if X_0 is computed under no_grad
     def forward(self, x: Tensor) -> Formula | InPlace:
@@ -98,7 +95,8 @@ class TiledDWA(DWA):
         # about 2.5 alphas per block.
         if self.num_params() < 2.5 * self.n_layer or not is_plain(x):
             return Formula(self.alpha, self.rows, x)
-        weights = torch.where(self.read, self.alpha, self.same)
+        read, same = self.masks = tuple(mask.to(x.device) for mask in self.masks)
+        weights = torch.where(read, self.alpha, same)
         return InPlace(weights, TiledBuffer(weights, x), x)
 
 
@@ -118,7 +116,6 @@ class TiledBuffer(Buffer):
         # On a CPU, bmm runs one product per core, so split the tokens into up to 16 slices.
         self.S = math.gcd(math.prod(x.shape[:-1]), 16) if x.device.type == "cpu" else 1
         self.X = x.new_empty(self.S, self.L + 2 + self.b, x.numel() // self.S)
-        self.G = self.X[:, self.b :]
         # Rows of a multiple of 8 entries keep tiles aligned for tensor cores; A needs at least one
         # more than alpha, for the diagonal. cuBLAS is twice as fast if the matrix on the left is
         # transposed: backward tiles use A.T, forward tiles alpha_T.T.
@@ -127,6 +124,8 @@ class TiledBuffer(Buffer):
         self.alpha_T = F.pad(alpha.detach().T, (0, -len(alpha) % 8)).to(x.dtype)
         self.dalpha = torch.zeros_like(alpha)
         self.next: int | None = 0
+
+    G = property(lambda self: self.X[:, self.b :])  # a stored view would keep X
 
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Take X_i; return Y_i."""

@@ -75,10 +75,12 @@ close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 
 @pytest.mark.parametrize(("pattern", "impl"), PATTERNS)
 def test_outputs_and_gradients_are_those_of_the_formula(plain, pattern, impl):
+    plain(IDX, output_hidden_states=True)  # adds hooks of its own
     model = hooked(copy.deepcopy(plain), pattern, impl).double()
     rows, alpha = model.dwa.rows, model.dwa.alpha.detach().clone().requires_grad_()
     use_formula(plain.double(), rows, alpha)
     close(run(model), [*run(plain), alpha.grad])
+    close(*(m(IDX, output_hidden_states=True).hidden_states for m in (model, plain)))
 
 
 def wrap(model, **options):

@@ -176,19 +176,14 @@ def test_compare_tunes_pairs_and_resumes(tmp_path, monkeypatch):
     assert f"| 1x1 | 105 | 0.1 | 1.8000 | 1.9000 | 1.7000 | 1.8000 | -0.0667 | {p:.2g} |" in table
 
 
-def build(name):
-    torch.manual_seed(0)
-    return variants.MODELS[name](TINY).double().eval()
-
-
 def test_skip_gains_are_those_of_the_paper():
-    model, plain, idx = build("skip-gains"), build("plain"), torch.randint(11, (2, 16))
-    rotary, x = rotary_angles(torch.arange(16), 8, torch.float64), plain.wte(idx)
-    for wrapped, block in zip(model.blocks, plain.blocks, strict=True):
-        g = wrapped.gains.data.normal_()
+    model, idx = variants.SkipGains(TINY).double(), torch.randint(11, (2, 16))
+    rotary, x = rotary_angles(torch.arange(16), 8, torch.float64), model.wte(idx)
+    for wrapped in model.blocks:
+        g, block = wrapped.gains.data.normal_(), wrapped.block
         x = g[0] * x + block.attn(block.ln_1(x), rotary)
         x = g[1] * x + block.mlp(block.ln_2(x))
-    assert model(idx, idx)[0].allclose(plain.lm_head(plain.ln_f(x)))
+    assert model(idx, idx)[0].allclose(model.lm_head(model.ln_f(x)))
 
 
 def test_variants_train(text, tmp_path):
