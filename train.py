@@ -141,7 +141,7 @@ class TrainConfig:
 SHAPE = ["n_layer", "n_head", "n_embd", "bias", "tokenizer"]  # --init_from cannot change these
 INHERITED = [*SHAPE, "block_size", "dwa", "shards"]  # and takes these, and dataset
 # --resume cannot change these, nor the number of sequences per step
-FIXED = [*INHERITED, "preset", "seed", "optimizer", "init_from", "dwa_start_iter"]
+FIXED = [*INHERITED, "preset", "seed", "optimizer", "init_from", "dwa_start_iter", "eval_iters"]
 
 
 def load_config(argv):

@@ -46,15 +46,15 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
     If some are named train, those are for training, otherwise all that are not named val or test.
     Parquet files go before .txt files. Says which files are not used.
     """
-    found = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".txt", ".parquet"))
+    found = sorted(f for f in folder.glob("[!.]*") if f.suffix.lower() in (".txt", ".parquet"))
     files = list(filter(is_parquet, found)) or found
 
     def named(words: str) -> list[Path]:
         word = re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE)
         return [file for file in files if word.search(file.stem)]
 
-    val = named("val|valid|validation|dev")
-    train = named("train") or [f for f in files if f not in val + named("test")]
+    val = named("val|valid|validation|dev|eval|evaluation")
+    train = named("train|training") or [f for f in files if f not in val + named("test|testing")]
     if not train:
         raise UserError(f"the folder {folder} has no .txt, .parquet or .bin files to train on")
     if unused := [f.name for f in found if f not in train + val]:

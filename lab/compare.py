@@ -6,7 +6,8 @@ python -m lab.compare --name books --rows "plain, 1x1, last1, skip-gains" --jobs
 python -m lab.compare --rows "plain, plain --n_layer 36" -- --max_iters 1000
 
 A row is a model of lab/variants.py, such as plain, 1x1 or skip-gains, and may have flags of
-train.py behind it. The flags after -- are for all runs, and override SMALL, in this file.
+train.py behind it, which override all others. The flags after -- are for all runs, and override
+SMALL, in this file.
 
 Each row is trained on several seeds, at the learning rate that is best for it on the first seed.
 Models of equal depth and seed start from the same weights and see the same batches, so losses are
@@ -14,7 +15,8 @@ compared in pairs: the table has the mean difference from the first row and the 
 t-test. Losses are those of the whole validation split at the end of training.
 
 Writes the table to lab/NAME.md and the loss of every run to lab/NAME.json. What is in that file is
-not trained again, so the command can be stopped and repeated. The logs stay in OUT_DIR.
+not trained again, so the command can be stopped and repeated; with other data, choose another NAME.
+The logs stay in OUT_DIR.
 """
 
 import json
@@ -29,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 from denseformer import dwa_rows
 from lib.checkpoint import load_checkpoint
@@ -63,11 +66,13 @@ def command(shared: list[str], row: str, seed: float, rate: float) -> str:
     """Return the command that trains a row, without --out_dir; it is the name of the run."""
     name, *flags = shlex.split(row)
     rates = f"--seed {seed:.0f} --learning_rate {rate:g} --min_lr {rate / 10:g}"
-    return f"{shlex.join(['lab.variants', name, *shared, *flags])} {rates}"
+    return f"lab.variants {name} {rates} {shlex.join([*shared, *flags])}"
 
 
 class Runs:
     """The runs of train.py. `done` is {run: its loss, number of parameters and log}."""
+
+    lock = Lock()
 
     def __init__(self, config: CompareConfig):
         self.config, self.file = config, LAB / f"{config.name}.json"
@@ -78,23 +83,22 @@ class Runs:
         todo = [run for run in dict.fromkeys(todo) if run not in self.done]
         bar = progress_bar("training", len(todo), "run")
         with bar, ThreadPoolExecutor(self.config.jobs) as pool:
-            for run, result in zip(todo, pool.map(self.train_one, todo), strict=True):
-                self.done[run] = result
-                with open_new(self.file) as file:
-                    file.write((json.dumps(self.done, indent=1) + "\n").encode())
+            for _ in pool.map(self.train_one, todo):
                 bar.update()
 
-    def train_one(self, run: str) -> dict:
+    def train_one(self, run: str):
         name = f"{self.config.name}-{zlib.crc32(run.encode()):08x}"
         out_dir = Path(self.config.out_dir) / name
         call([*shlex.split(run), "--out_dir", str(out_dir), "--overwrite"], self.config.jobs)
         log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
         checkpoint = load_checkpoint(out_dir / "last.pt")
         shape, weights = checkpoint["model_config"], checkpoint["model"]
-        alphas = sum(map(len, dwa_rows(shape["dwa"], shape["n_layer"])))
-        others = sum(w.numel() for name, w in weights.items() if name != "dwa.alpha")
-        loss = [entry["final_val_loss"] for entry in log if "final_val_loss" in entry][-1]
-        return {"val_loss": loss, "parameters": others + alphas, "log": f"{out_dir}/log.jsonl"}
+        n = sum(map(len, dwa_rows(shape["dwa"], shape["n_layer"])))  # alphas
+        n += sum(w.numel() for name, w in weights.items() if name != "dwa.alpha")
+        loss = [e[key] for e in log for key in ("val_loss", "final_val_loss") if key in e][-1]
+        with self.lock, open_new(self.file) as file:  # at once, whatever becomes of other runs
+            self.done[run] = {"val_loss": loss, "parameters": n, "log": f"{out_dir}/log.jsonl"}
+            file.write((json.dumps(self.done, indent=1) + "\n").encode())
 
 
 def call(words: list[str], jobs: int):
@@ -133,7 +137,7 @@ def main(argv=None):
     end = argv.index("--") if "--" in argv else len(argv)
     config = CompareConfig(**parse_flags(CompareConfig, argv[:end], __doc__))
     shared, runs, rates = [*SMALL, *argv[end + 1 :]], Runs(config), config.rates
-    rows, run = [row.strip() for row in config.rows.split(",")], partial(command, shared)
+    rows, run = [*filter(None, map(str.strip, config.rows.split(",")))], partial(command, shared)
 
     # the better rate, on the first seed
     first = config.seeds[0]

@@ -155,9 +155,9 @@ def main(argv=None):
         return 0
     if name in MODELS:
         with patch.object(train, "DenseFormer", MODELS[name]):
-            return train.main([*flags, "--dwa=none"])
+            return train.main(["--dwa=none", *flags])
     if not (match := re.fullmatch(r"diagonal-(\d*\.?\d+)", name)):
-        return train.main([*flags, f"--dwa={name}"])
+        return train.main([f"--dwa={name}", *flags])
 
     def configure(model, *args, **kwargs):
         optimizers = configure_optimizers(model, *args, **kwargs)

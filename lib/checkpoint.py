@@ -211,7 +211,7 @@ class Run:
 def trim_log(path: Path, step: int):
     """Drop what log.jsonl holds beyond a checkpoint at `step`, and validation losses at `step`."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line may be cut short
             entry = json.loads(line)
             if entry["step"] < step or (entry["step"] == step and {"loss", "alpha"} & entry.keys()):

@@ -14,7 +14,9 @@ another DWA that you set.
   runs, with the same result. `block.forward = torch.compile(block.forward)` stays in place.
 - transformers' gradient checkpointing works as always. Other checkpointing may wrap each block with
   use_reentrant=False, or in any way if it comes first and add_dwa gets the wrapped blocks.
-- torch.fx needs a Tracer whose is_leaf_module is true for a DWA.
+- torch.fx needs a Tracer whose is_leaf_module is true for a DWA, nn.TransformerEncoder
+  enable_nested_tensor=False. The model must not be an nn.Sequential, which calls model.dwa as its
+  last layer, and several GPUs need a process each: nn.DataParallel's replicas lack the hooks.
 - The hooks refer to the model, so its memory is freed by gc.collect(), not by `del model` alone.
 """
 
@@ -142,5 +144,6 @@ def remove_dwa(model: nn.Module):
     for hooks in find_hooks(model):
         for handle in hooks.handles:
             handle.remove()
+        calls.passes.pop(hooks, None)  # of a block 1 that somebody called alone
         if hasattr(hooks.model, "dwa"):
             del hooks.model.dwa

@@ -88,10 +88,9 @@ def join():
         store, *_ = next(distributed.rendezvous("env://", timeout=START))
         store.set(f"rank {RANK}", "")
         store.wait([f"rank {rank}" for rank in range(WORLD_SIZE)])
-    except distributed.DistError:
-        raise UserError(
-            f"rank {RANK}: of {WORLD_SIZE} processes, some have not started within {START}"
-        ) from None
+    except (distributed.DistError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"rank {RANK}: {WORLD_SIZE} processes have not met: {reason}") from None
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     distributed.init_process_group(

@@ -86,7 +86,7 @@ class TiledDWA(DWA):
         for i, row in enumerate(self.rows):
             read[i, row] = True
         # no buffers, which to_empty and from_pretrained would leave uninitialized
-        self.masks = read, torch.diag(~read.any(dim=1))
+        self.masks: tuple[Tensor, ...] = read, torch.diag(~read.any(dim=1))
 
     @torch.enable_grad()  # alpha learns even if X_0 is computed under no_grad
     def forward(self, x: Tensor) -> Formula | InPlace:

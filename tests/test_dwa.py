@@ -232,8 +232,8 @@ def test_wrong_use_is_a_runtime_error(wrong, impl):
 
 @pytest.mark.parametrize("impl", ["inplace", "tiled"])
 def test_compile_and_export_take_the_formula(impl):
-    model = tiny(n_layer=3)
-    model.dwa = IMPLS[impl](3).double()
+    model, broken = tiny(n_layer=3), tiny(n_layer=3)
+    model.dwa, broken.dwa = IMPLS[impl](3).double(), IMPLS[impl](3).double()
     model(IDX, IDX)[1].backward()
     expected = gradients(model)
     exported = torch.export.export(model, (IDX, IDX)).module()
@@ -246,8 +246,6 @@ def test_compile_and_export_take_the_formula(impl):
         forward(IDX, IDX)[1].backward()
         assert_same({n: dict(module.named_parameters())[n].grad for n in expected}, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + 2  # a block, the loss
-    broken = tiny(n_layer=3)
-    broken.dwa = IMPLS[impl](3).double()
     broken.blocks[1].register_forward_hook(lambda *args: torch._dynamo.graph_break())
     torch.compile(broken, backend="eager")(IDX, IDX)[1].backward()
     assert_same(gradients(broken), expected)

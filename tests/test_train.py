@@ -92,7 +92,7 @@ WRONG = [
     (2, train, "--dwa_start_iter=9 --max_iters=9", "--dwa_start_iter"),
     (2, train, "--resume --overwrite", "--overwrite"),
     (2, train, "--resume --out_dir=run --max_iters=5", "already at step 40"),
-    (2, train, "--resume --out_dir=run --n_layer=4", "--n_layer 4 contradicts"),
+    (2, train, "--resume --out_dir=run --eval_iters=9", "--eval_iters 9 contradicts"),
     (2, train, "--resume --out_dir=run --batch_size=2", "stay at 4"),
     (2, train, "--resume --out_dir=run --init_from=a.pt", "which has none"),
     (2, train, "--init_from=run/last.pt --tokenizer=byte", "byte contradicts .*has char"),
@@ -250,8 +250,8 @@ def test_resumed_is_uninterrupted(text, tmp_path, capsys):
         assert "python train.py --resume --out_dir" in capsys.readouterr().out
         assert load_checkpoint(parts / "last.pt")["step"] == step + 1
     # Resuming drops what was logged after the last checkpoint, and malformed lines.
-    with (parts / "log.jsonl").open("a") as file:
-        file.write('{"step": 35, "loss": 9.9}\n3\n{"loss": 1}\n{"step": 39')
+    with (parts / "log.jsonl").open("ab") as file:
+        file.write(b'{"step": 35, "loss": 9.9}\n3\n\xff\n{"loss": 1}\n{"step": 39')
     assert train.main(["--resume", f"--out_dir={parts}"]) == 0
     identical(parts, whole)
     alphas = {e["step"]: torch.tensor(e["alpha"]) for e in log(parts) if "alpha" in e}
