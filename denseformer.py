@@ -75,7 +75,7 @@ class Formula:
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i, for i = 1..L in order; return Y_i, of the same shape."""
-        # reentrant checkpointing runs a step again, but later Y have read an X_i without gradients
+        # whether a reentrant checkpoint ran this step before, without gradients
         lost = any(X is not None and X.requires_grad < x.requires_grad for X in self.X[i : i + 1])
         check_step(i, x, 0 < i <= len(self.X) and not lost, self.shape, len(self.rows) - 1)
         # append X_i, or replace it where checkpointing runs a step again
@@ -301,7 +301,6 @@ class DenseFormer(nn.Module):
         self.loss: Callable = cross_entropy
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self):
         """Initialize as GPT-2 does.
 

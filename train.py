@@ -258,7 +258,7 @@ def get_batch(dataset, config, step, micro_batch, device):
     rng = np.random.default_rng((config.seed, step))
     offsets = rng.integers(len(dataset.train) - T, size=sequences_per_step(config))
     offsets = offsets[micro_batch * B : (micro_batch + 1) * B]
-    return stack_windows(dataset.train, offsets, (B, T), dataset.tokenizer.vocab_size, device)
+    return stack_windows(dataset.train, offsets, (B, T), device)
 
 
 def get_lr(step, config):
@@ -284,7 +284,7 @@ def evaluate(model, tokens, iters, config, autocast, stop):
             if stop.any():
                 return
             mine = offsets[i + RANK * B : i + (RANK + 1) * B]
-            yield stack_windows(tokens, mine, (B, T), model.config.vocab_size, device)
+            yield stack_windows(tokens, mine, (B, T), device)
 
     model.eval()
     with autocast:
@@ -301,12 +301,11 @@ def compile_loss(model, config, device, autocast):
     if compiled:
         model.compile()
     if WORLD_SIZE > 1:
-        # Some sparse patterns skip a whole block, whose gradients DDP would wait for.
-        rows, read = model.dwa.rows, set().union(*model.dwa.rows)
+        # Rows as data may leave out a whole block, for whose gradients DDP would wait.
+        unused = not isinstance(model.dwa.pattern, str)
         model = DistributedDataParallel(
-            model, gradient_as_bucket_view=True,
-            find_unused_parameters=any(row and i not in read for i, row in enumerate(rows)),
-        )  # fmt: skip
+            model, gradient_as_bucket_view=True, find_unused_parameters=unused
+        )
     loss = MicroBatchLoss(model, autocast)
     # The gradients of a graph lie in memory that its next replay overwrites, so that a second
     # micro-batch could not be added to them.

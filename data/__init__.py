@@ -12,7 +12,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from data.cache import TRIES, cache_dir, fetch, import_extra, innermost, make_once
+from data.cache import cache_dir, fetch, import_extra, innermost, make_once
 from data.dataset import Dataset
 from data.text import from_files, from_path
 from data.tokenizer import Choice
@@ -65,7 +65,7 @@ def default_name() -> str:
 
     def attempt() -> None:
         with contextlib.suppress(UserError):
-            fetch_shakespeare(tries=1)
+            fetch_shakespeare()
 
     # In a thread, because looking up a host name has no time limit.
     thread = threading.Thread(target=attempt, daemon=True)
@@ -80,13 +80,13 @@ def default_name() -> str:
     return "pydoc"
 
 
-def fetch_shakespeare(tries: int = TRIES) -> Path:
+def fetch_shakespeare() -> Path:
     """Return the file of Tiny Shakespeare, 1.1 MB of plays, downloaded unless it is in the cache.
 
     SHAKESPEARE_URL in the environment names a mirror or a local copy.
     """
     url = os.environ.get("SHAKESPEARE_URL") or URL
-    return fetch(url, cache_dir() / SHAKESPEARE, SHA256, tries)
+    return fetch(url, cache_dir() / SHAKESPEARE, SHA256)
 
 
 def make_pydoc() -> Path:

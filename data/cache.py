@@ -10,13 +10,9 @@ from typing import BinaryIO
 
 import requests
 from filelock import FileLock, Timeout
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 
 from lib.files import UserError, open_new, say
 
-TRIES = 4
-BACKOFF = 1.0  # seconds; the pauses between attempts are 0, 2, 4 times as long
 TIMEOUT = (5.0, 15.0)  # seconds to connect, and to wait for the next bytes
 
 
@@ -53,7 +49,7 @@ def make_once(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     return path
 
 
-def fetch(url: str, path: Path, sha256: str, tries: int = TRIES) -> Path:
+def fetch(url: str, path: Path, sha256: str) -> Path:
     """Return `path`, after getting the file with this sha256 at `url` unless `path` exists.
 
     url is an http(s) address or the path of a local copy. Raises UserError that says why there is
@@ -62,7 +58,13 @@ def fetch(url: str, path: Path, sha256: str, tries: int = TRIES) -> Path:
 
     def write(file: BinaryIO) -> None:
         try:
-            content = download(url, tries) if "://" in url else Path(url).expanduser().read_bytes()
+            if "://" in url:
+                say(f"downloading {Path(url).name}", sys.stderr)
+                response = requests.get(url, timeout=TIMEOUT)
+                response.raise_for_status()
+                content = response.content
+            else:
+                content = Path(url).expanduser().read_bytes()
         except (OSError, ValueError) as error:
             raise UserError(f"cannot get {url}: {innermost(error)}") from None
         if hashlib.sha256(content).hexdigest() != sha256:
@@ -70,20 +72,6 @@ def fetch(url: str, path: Path, sha256: str, tries: int = TRIES) -> Path:
         file.write(content)
 
     return make_once(path, write)
-
-
-def download(url: str, tries: int) -> bytes:
-    """Return the content at an address. Raises the errors of requests, OSError or ValueError."""
-    say(f"downloading {Path(url).name}", sys.stderr)
-    statuses = (408, 429, 500, 502, 503, 504)
-    retry = Retry(tries - 1, status_forcelist=statuses, backoff_factor=BACKOFF)
-    retry.retry_after_max = 60  # seconds, whatever the server says; ignored by older releases
-    with requests.Session() as session:
-        session.mount("http://", HTTPAdapter(max_retries=retry))
-        session.mount("https://", HTTPAdapter(max_retries=retry))
-        response = session.get(url, timeout=TIMEOUT)
-        response.raise_for_status()
-        return response.content
 
 
 def innermost(error: BaseException) -> str:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from lib.files import UserError
 
 SAMPLES, SAMPLE = 64, 1 << 20  # fingerprint() reads 64 samples of a million tokens from a split
 
@@ -36,13 +35,12 @@ class Dataset:
 
 
 def stack_windows(
-    tokens, offsets, shape: tuple[int, int], vocab_size: int, device: torch.device
+    tokens, offsets, shape: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return x, the windows of `tokens` at these offsets, and y, the tokens that follow: (B, T).
 
     Positions past the end of the tokens, and rows without an offset, have target -1, which the
-    loss ignores: all batches have one shape, so a model is compiled once. Raises UserError for a
-    token outside the vocabulary.
+    loss ignores: all batches have one shape, so a model is compiled once.
     """
     B, T = shape
     ids = np.zeros((2, B, T), dtype=np.int64)
@@ -51,11 +49,6 @@ def stack_windows(
         window = tokens[offset : offset + T + 1]
         ids[0, row, : len(window) - 1] = window[:-1]
         ids[1, row, : len(window) - 1] = window[1:]
-    if (largest := ids.max()) >= vocab_size:
-        raise UserError(
-            f"the data has the token {largest}, but the vocabulary has only {vocab_size}: the data "
-            f"is damaged, or was made with another tokenizer"
-        )
     xy = torch.from_numpy(ids)
     if device.type == "cuda":  # copies from pinned memory are asynchronous
         xy = xy.pin_memory()

@@ -1,13 +1,11 @@
 """Text to token ids and back. A checkpoint stores a tokenizer as a plain dict."""
 
-import hashlib
 import os
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from data.cache import cache_dir, fetch, import_extra
+from data.cache import cache_dir, import_extra, innermost
 from lib.files import UserError
 
 
@@ -84,8 +82,13 @@ class GPT2Tokenizer(Tokenizer):
 
     def __init__(self):
         tiktoken = import_extra("tiktoken")
-        fetch_vocabulary()
-        self.encoding = tiktoken.get_encoding("gpt2")
+        # tiktoken downloads the vocabulary once, into this folder
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or str(cache_dir() / "tiktoken")
+        os.environ["TIKTOKEN_CACHE_DIR"] = folder
+        try:
+            self.encoding = tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot get GPT-2's vocabulary: {innermost(error)}") from None
 
     def encode(self, text: str) -> np.ndarray:
         """Return uint16 ids; <|endoftext|> in the text is encoded as ordinary text."""
@@ -97,25 +100,6 @@ class GPT2Tokenizer(Tokenizer):
 
     def state(self) -> dict:
         return {"kind": "gpt2"}
-
-
-# GPT-2's vocabulary: {address: sha256}
-BLOB = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-VOCABULARY = {
-    f"{BLOB}/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    f"{BLOB}/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-
-
-def fetch_vocabulary() -> None:
-    """Download GPT-2's vocabulary to where tiktoken looks for it, unless it is there.
-
-    That is TIKTOKEN_CACHE_DIR in the environment, which is set to our cache if it is not set.
-    """
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or str(cache_dir() / "tiktoken")
-    os.environ["TIKTOKEN_CACHE_DIR"] = folder
-    for url, sha256 in VOCABULARY.items():
-        fetch(url, Path(folder, hashlib.sha1(url.encode()).hexdigest()), sha256)
 
 
 Choice = Tokenizer | str | None  # a tokenizer, its name, or None to choose by the text

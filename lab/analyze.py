@@ -59,7 +59,7 @@ class Run:
         device, best = find_device(config.device), Path(out_dir) / "best.pt"
         self.model, tokenizer, self.checkpoint = load_model(best, device)
         train, shape = self.checkpoint["train_config"], self.model.config
-        name, T, V = config.dataset or train["dataset"], shape.block_size, shape.vocab_size
+        name, T = config.dataset or train["dataset"], shape.block_size
         dataset = data.load(name, T, tokenizer, train["shards"])
         if dataset.fingerprint() != self.checkpoint["fingerprint"]:
             raise UserError(f"{name} is not the data that {best} was trained on; see --dataset")
@@ -67,7 +67,7 @@ class Run:
             print(f"{best} is from step 0, before training")
         offsets = eval_offsets(dataset.val, T, max(1, config.tokens // T))
         self.batches = [  # x and y, (B, T): tokens and those that follow, -1 after the end
-            stack_windows(dataset.val, offsets[n : n + B], (B, T), V, device)
+            stack_windows(dataset.val, offsets[n : n + B], (B, T), device)
             for n in range(0, len(offsets), B)
         ]
 

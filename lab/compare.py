@@ -49,7 +49,7 @@ SMALL = shlex.split(
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in text.split(","))
+    return tuple(json.loads(f"[{text}]"))
 
 
 @dataclass
@@ -62,10 +62,10 @@ class CompareConfig:
     out_dir: str = flag("out-lab", "folder for the runs", read=path)
 
 
-def command(shared: list[str], row: str, seed: float, rate: float) -> str:
+def command(shared: list[str], row: str, seed: int, rate: float) -> str:
     """Return the command that trains a row, without --out_dir; it is the name of the run."""
     name, *flags = shlex.split(row)
-    rates = f"--seed {seed:.0f} --learning_rate {rate:g} --min_lr {rate / 10:g}"
+    rates = f"--seed {seed} --learning_rate {rate:g} --min_lr {rate / 10:g}"
     return f"lab.variants {name} {rates} {shlex.join([*shared, *flags])}"
 
 
@@ -152,7 +152,7 @@ def main(argv=None):
     done = {row: [runs.done[run(row, seed, best[row])] for seed in config.seeds] for row in rows}
     losses = {row: [d["val_loss"] for d in of_seed] for row, of_seed in done.items()}
 
-    seeds = [f"seed {seed:.0f}" for seed in config.seeds]
+    seeds = [f"seed {seed}" for seed in config.seeds]
     text = [
         f"Made by `python -m lab.compare {shlex.join(argv)}`",
         f"on {describe_machine(find_device('auto'))}.\n",

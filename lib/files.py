@@ -38,10 +38,10 @@ def say(text: str, file: TextIO | None = None) -> None:
         (file or sys.stdout).flush()
 
 
-def progress_bar(task: str, total: int | None, unit: str, done: int = 0) -> tqdm:
+def progress_bar(task: str, total: int | None, unit: str) -> tqdm:
     """Return a bar that shows how much of a task is done; without a terminal, print the task."""
     terminal = sys.stderr.isatty()
     if not terminal:
         say(task, sys.stderr)
     look = {"unit": unit, "unit_scale": True, "leave": False, "disable": not terminal}
-    return tqdm(desc=task, total=total, initial=done, **look)
+    return tqdm(desc=task, total=total, **look)

@@ -13,22 +13,20 @@ from torch import Tensor, nn
 from denseformer import DenseFormer, DenseFormerConfig, KVCache
 
 
-def record(function: Callable, *inputs: Tensor, pool=None) -> Callable:
+def record(function: Callable, *inputs: Tensor) -> Callable:
     """Return a function that replays function(*inputs), for inputs of the same shapes.
 
     With gradients, function is a module, and forward and backward pass become one graph each: set
     the gradients to None between two calls, since each backward pass overwrites those of the last
     one. Without, function must have run before, so that its kernels are compiled, and each replay
-    overwrites what the last one returned. Graphs that never run at the same time can share a pool.
+    overwrites what the last one returned.
     """
     with torch.cuda.device(inputs[0].device):  # else the graphs would record the current one
         if torch.is_grad_enabled():
             # Recording uses a stream of its own, which autograd then synchronizes with that of the
             # training loop: correct, and the time is not noticeable.
             warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-            return torch.cuda.make_graphed_callables(
-                function, inputs, allow_unused_input=True, pool=pool
-            )
+            return torch.cuda.make_graphed_callables(function, inputs, allow_unused_input=True)
         inputs, graph = tuple(x.clone() for x in inputs), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # captures, does not run
             output = function(*inputs)

@@ -78,7 +78,7 @@ def make_dwa(dwa: DWA, impl: str, device: torch.device) -> DWA:
 
 class TiledDWA(DWA):
     """A DWA that computes in tiles, with the parameter, the results and the limits of the DWA in
-    place. Sparse patterns, for which the formula moves less memory, use the formula."""
+    place. Patterns so sparse that the formula moves less memory use the formula."""
 
     def __init__(self, n_layer: int, pattern: str | Rows = "1x1"):
         super().__init__(n_layer, pattern)

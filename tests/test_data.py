@@ -14,11 +14,10 @@ from filelock import FileLock
 
 import data
 from data import cache, text
-from data.tokenizer import ByteTokenizer, CharTokenizer, fetch_vocabulary, from_state
+from data.tokenizer import ByteTokenizer, CharTokenizer, from_state
 from lib.files import UserError
 
 CONTENT = b"To be, or not to be, that is the question:\n" * 7000
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +37,6 @@ def small_gpt2(monkeypatch):
     ranks, end = {word: i for i, word in enumerate(words)}, {"<|endoftext|>": 50256}
     encoding = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    monkeypatch.setattr("data.tokenizer.fetch_vocabulary", lambda: None)
     return lambda texts: [t for s in texts for t in (*encoding.encode_ordinary(s), 50256)]
 
 
@@ -234,36 +232,38 @@ def server(monkeypatch):
     Path("a.bin").write_bytes(CONTENT)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         httpd.url = f"http://127.0.0.1:{httpd.server_port}/plain/a.bin"
-        httpd.faults, httpd.seen, httpd.pauses, httpd.release = {}, [], [], threading.Event()
-        monkeypatch.setattr("time.sleep", httpd.pauses.append)
+        httpd.faults, httpd.seen, httpd.release = {}, [], threading.Event()
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        monkeypatch.setattr(data, "SHA256", hashlib.sha256(CONTENT).hexdigest())
         threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True).start()
         yield httpd
         httpd.release.set()
         httpd.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("faults", "pauses", "says"),
-    [([500, 429, 503], [2, 60], None), ([500] * 4, [2, 4], "500"), ([404], [], "404 Client Error"),
-     (["stalls"], [], "timed out"), (["breaks"], [], "150500 more expected")],
-)  # fmt: skip
-def test_the_vocabulary_is_fetched(server, monkeypatch, faults, pauses, says):
-    monkeypatch.setattr("data.tokenizer.VOCABULARY", {server.url: SHA256})
-    monkeypatch.setattr(cache, "TIMEOUT", (30.0, 0.3 if "stalls" in faults else 30.0))
-    server.faults = {"plain": iter(faults)}
-    if says:
-        with pytest.raises(UserError, match=f"cannot get {server.url}: .*{says}"):
-            fetch_vocabulary()
+FAULTS = {500: "500 Server", 404: "404 Client", "stalls": "timed out", "breaks": "150500 more"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_download_that_fails_leaves_nothing(server, monkeypatch, fault):
+    monkeypatch.setenv("SHAKESPEARE_URL", server.url)
+    monkeypatch.setattr(cache, "TIMEOUT", (30.0, 0.3 if fault == "stalls" else 30.0))
+    server.faults = {"plain": iter([fault])}
+    refuse(f"cannot get {server.url}: .*{FAULTS[fault]}", "shakespeare", 64)
     for _ in range(2):  # the second time, it is there
-        fetch_vocabulary()
-    name = hashlib.sha1(server.url.encode()).hexdigest()  # where tiktoken looks for it
-    assert Path(os.environ["TIKTOKEN_CACHE_DIR"], name).read_bytes() == CONTENT
-    assert len(server.seen) == len(faults) + 1
-    assert server.pauses == pauses
+        assert bytes(ids_of(data.load("shakespeare", 64, "byte"))) == CONTENT
+    assert len(server.seen) == 2
+
+
+def test_a_vocabulary_that_tiktoken_cannot_download(monkeypatch):
+    pytest.importorskip("tiktoken")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    Path("my.txt").write_text("to be " * 99)
+    refuse("cannot get GPT-2's vocabulary: .*refused", "my.txt", 8, "gpt2")
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(cache.cache_dir() / "tiktoken")
 
 
 def test_pydoc_replaces_tiny_shakespeare_if_nobody_named_it(server, monkeypatch, capsys):
-    monkeypatch.setattr(data, "SHA256", SHA256)
     monkeypatch.setattr(data, "PATIENCE", 60.0)
     for url, reason in (
         ("http://127.0.0.1:9/x", "refused"), ("http://nowhere.invalid/x", "not known|resol"),
