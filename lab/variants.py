@@ -99,17 +99,18 @@ class AttnResBlocks(nn.Module):
 
     def __init__(self, config: DenseFormerConfig, blocks: Any):
         super().__init__()
-        self.package, n, C = load_package("attn-res==0.1.0"), 2 * config.n_layer, config.n_embd
-        self.cfg = self.package.TransformerConfig(
+        package, n, C = load_package("attn-res==0.1.0"), 2 * config.n_layer, config.n_embd
+        self.run = package.AttnResTransformer._forward_block_attnres
+        self.cfg = package.TransformerConfig(
             d_model=C, n_layers=n, n_heads=1, n_kv_heads=1, n_blocks=min(8, n)
         )
         pairs = [p for b in blocks for p in ((b.ln_1, b.attn), (b.ln_2, b.mlp))]
         self.layers = nn.ModuleList(
-            AttnResLayer(self.package.AttnResOperator(C), norm, layer) for norm, layer in pairs
+            AttnResLayer(package.AttnResOperator(C), norm, layer) for norm, layer in pairs
         )
 
     def forward(self, x: Tensor, rotary: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.package.AttnResTransformer._forward_block_attnres(self, x, rotary, cache)
+        return self.run(self, x, rotary, cache)
 
 
 class AttnResLayer(nn.Module):
