@@ -139,7 +139,7 @@ class TrainConfig:
 
 
 SHAPE = ["n_layer", "n_head", "n_embd", "bias", "tokenizer"]  # --init_from cannot change these
-INHERITED = [*SHAPE, "block_size", "dwa", "shards"]  # and takes these, and dataset
+INHERITED = [*SHAPE, "block_size", "dwa", "shards"]  # it takes these, and dataset, if not given
 # --resume cannot change these, nor the number of sequences per step
 FIXED = [*INHERITED, "preset", "seed", "optimizer", "init_from", "dwa_start_iter", "eval_iters"]
 
@@ -219,7 +219,7 @@ def model_config(config, vocab_size):
     return DenseFormerConfig(vocab_size, **{name: getattr(config, name) for name in names})
 
 
-def resume_flags(out_dir):
+def out_dir_flag(out_dir):
     """Return the --out_dir flag that makes a script use this run, or "" for the default."""
     return "" if str(out_dir) == TrainConfig.out_dir else f" --out_dir {shlex.quote(str(out_dir))}"
 
@@ -380,7 +380,7 @@ def show_run(model, tokenizer, config, device):
     with torch.compiler.set_stance("force_eager"):  # compiling every new length would take long
         ids = model.generate(prompt, 300, temperature=0.8, generator=generator)
     text = tokenizer.decode(ids[0, prompt.size(1) :].tolist()).strip()
-    say(f"\na sample:\n{rule}\n{text}\n{rule}\nfor more: python sample.py{resume_flags(out_dir)}")
+    say(f"\na sample:\n{rule}\n{text}\n{rule}\nfor more: python sample.py{out_dir_flag(out_dir)}")
 
 
 # -----------------------------------------------------------------------------
@@ -465,7 +465,7 @@ def train(config, checkpoint, device):
             run.write(step, final_val_loss=val_loss)
         if val_loss is None:
             say(f"stopped at step {step} and saved; to continue: python train.py --resume"
-                f"{resume_flags(config.out_dir)}")  # fmt: skip
+                f"{out_dir_flag(config.out_dir)}")  # fmt: skip
             return 128 + stop.any()
     say(f"\n{time.perf_counter() - start:.0f} seconds; val loss {val_loss:.4f}")
     if RANK == 0:
