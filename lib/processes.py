@@ -111,9 +111,10 @@ def receive(name: str) -> Any:
 
 def all_reduce(number: float, op=distributed.ReduceOp.SUM) -> float:
     """Return the sum, or another reduction, of a number over all processes."""
+    if WORLD_SIZE == 1:
+        return number
     result = torch.tensor(number, dtype=torch.float64)
-    if WORLD_SIZE > 1:
-        distributed.all_reduce(result, op)
+    distributed.all_reduce(result, op)
     return result.item()
 
 

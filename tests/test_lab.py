@@ -16,9 +16,8 @@ from lab import analyze, bench, compare, variants
 from lib.checkpoint import load_checkpoint
 from lib.files import UserError
 from lib.flags import UsageError
-from tests.helpers import SMALL, flags
+from tests.helpers import SMALL, flags, weights
 
-CPU = torch.device("cpu")
 TINY = DenseFormerConfig(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=16, dwa="none")
 
 
@@ -115,7 +114,7 @@ def test_rows_compute_what_they_say():
     idx, noise, results = torch.randint(11, (2, 16)), torch.randn(6, 6).tril(), []
     for impl in ("naive", "tensordot", "inplace", "tiled"):
         torch.manual_seed(0)
-        model = bench.make_model(f"1x1 {impl}", c, CPU)
+        model = bench.make_model(f"1x1 {impl}", c, torch.device("cpu"))
         model.dwa.alpha.data += noise
         loss = model(idx, idx)[1]
         loss.backward()
@@ -178,22 +177,24 @@ def test_compare_tunes_pairs_and_resumes(tmp_path, monkeypatch):
 
 
 def test_skip_gains_are_those_of_the_paper():
+    torch.manual_seed(0)
+    plain = variants.MODELS["plain"](TINY).double()
+    torch.manual_seed(0)
     model, idx = variants.SkipGains(TINY).double(), torch.randint(11, (2, 16))
-    rotary, x = rotary_angles(torch.arange(16), 8, torch.float64), model.wte(idx)
-    for wrapped in model.blocks:
-        g, block = wrapped.gains.data.normal_(), wrapped.block
+    rotary, x = rotary_angles(torch.arange(16), 8, torch.float64), plain.wte(idx)
+    for wrapped, block in zip(model.blocks, plain.blocks, strict=True):
+        g = wrapped.gains.data.normal_()
         x = g[0] * x + block.attn(block.ln_1(x), rotary)
         x = g[1] * x + block.mlp(block.ln_2(x))
-    assert model(idx, idx)[0].allclose(model.lm_head(model.ln_f(x)))
+    assert model(idx, idx)[0].allclose(plain.lm_head(plain.ln_f(x)))
 
 
 def test_variants_train(text, tmp_path):
     same = flags(**SMALL | {"max_iters": 1, "dataset": text})
     for name in ("skip-gains", "diagonal-0.1"):
         assert variants.main([name, *same, f"--out_dir={tmp_path / name}"]) == 0
-    gains = load_checkpoint(tmp_path / "skip-gains" / "last.pt")["model"]["blocks.0.gains"]
-    assert (gains != 1).all()
-    alpha = load_checkpoint(tmp_path / "diagonal-0.1" / "last.pt")["model"]["dwa.alpha"]
+    assert (weights(tmp_path / "skip-gains")["blocks.0.gains"] != 1).all()
+    alpha = weights(tmp_path / "diagonal-0.1")["dwa.alpha"]
     first = (alpha - torch.eye(4)).abs() / alpha[1, 0].abs()  # the first steps of Adam are equal
     assert first.allclose((first > 0) * (1 - 0.9 * torch.eye(4)), rtol=1e-2)
     assert (first > 0).sum() == 9

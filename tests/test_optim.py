@@ -17,6 +17,7 @@ def test_orthogonalize_keeps_the_singular_vectors():
     for _ in range(5):
         new = 3.4445 * new - 4.7750 * new**3 + 2.0315 * new**5
     torch.testing.assert_close(scale, torch.diag_embed(new), atol=1e-10, rtol=0)
+    assert new.min() > 0
     assert 0.65 < new[old > 0.05].min() <= new.max() < 1.25
 
 
