@@ -283,6 +283,8 @@ def bench(c: BenchConfig, device: torch.device) -> Results:
         if row != "learned positions":
             decoder = copy.deepcopy(model)
             speed_up_decoding(decoder)
+            if " " in row:
+                decoder.dwa = model.dwa  # which that may have replaced
             decoding[row] = partial(decode, decoder.generate, temperature=0)
         if model.dwa.num_params():
             alone[row] = partial(run_dwa, model.dwa, x)

@@ -6,11 +6,12 @@ recorded, so every choice that Python made is fixed: shapes, `if`s, layers skipp
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from denseformer import DenseFormer, DenseFormerConfig, KVCache
+from denseformer import DWA, DenseFormer, DenseFormerConfig, KVCache
 
 
 def record(function: Callable, *inputs: Tensor) -> Callable:
@@ -88,6 +89,35 @@ def speed_up_decoding(model: DenseFormer):
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
+    if model.dwa.num_params():
+        model.dwa = TokenDWA(model.dwa)
+
+
+class TokenDWA(DWA):
+    """A DWA for decoding on a CPU: calling torch takes longer than the sums for a single token, so
+    Y_i is one product with the X_j side by side. Longer inputs take the usual steps."""
+
+    def __init__(self, dwa: DWA):
+        super().__init__(dwa.n_layer, dwa.pattern)
+        self.alpha = dwa.alpha
+        self.weights = [dwa.alpha.detach()[i, None, None, row] for i, row in enumerate(self.rows)]
+
+    def forward(self, x: Tensor) -> Any:
+        """Begin a forward pass with X_0, (B, T, C)."""
+        return TokenSteps(self, x) if x.size(1) == 1 else super().forward(x)
+
+
+class TokenSteps:
+    def __init__(self, dwa: TokenDWA, x: Tensor):
+        self.rows, self.weights, self.X = dwa.rows, dwa.weights, [x]
+
+    def step(self, i: int, x: Tensor) -> Tensor:
+        """Take X_i; return Y_i."""
+        self.X.append(x)
+        if not (row := self.rows[i]):
+            return x
+        # (1, 1, length of the row) @ (B, length of the row, C)
+        return self.weights[i] @ torch.cat([self.X[j] for j in row], dim=1)
 
 
 def record_decoding(model: DenseFormer):

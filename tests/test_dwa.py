@@ -266,8 +266,7 @@ def test_other_kinds_of_tensors_take_the_formula():
 def test_copies_pickles_averages_and_inference_mode(impl):
     dwa, x = IMPLS[impl](9), torch.randn(2, 3, 8)
     randomize(dwa)
-    with torch.no_grad():
-        dwa.alpha.nan_to_num_(0)
+    dwa.alpha.data.nan_to_num_(0)
     blocks = network()
     expected = run(dwa, blocks, x)
     ema = torch.optim.swa_utils.AveragedModel(dwa)
@@ -287,12 +286,11 @@ def test_data_parallel_and_fully_sharded():
     naive = tiny()
     naive.dwa.impl = "naive"
     naive(IDX, IDX)[1].backward()
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     ddp = nn.parallel.DistributedDataParallel(tiny())
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    for model in (ddp, torch.distributed.fsdp.fully_shard(tiny(), mesh=mesh)):
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for model in (ddp, dist.fsdp.fully_shard(tiny(), mesh=mesh)):
         for _ in range(2):  # DDP rebuilds its buckets after the first iteration
             model.zero_grad()
             model(IDX, IDX)[1].backward()
@@ -300,7 +298,7 @@ def test_data_parallel_and_fully_sharded():
         whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
         assert_same(whole, gradients(naive))
     del ddp, model
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()
 
 
 # -----------------------------------------------------------------------------
@@ -389,11 +387,13 @@ def test_autocast_keeps_the_stream_in_16_bits_and_alpha_in_float32():
     assert model.dwa.alpha.grad.dtype == torch.float32
 
 
-def test_a_recorded_token_is_that_of_the_model(monkeypatch):
-    if not torch.cuda.is_available():  # test the cache alone
+@pytest.mark.parametrize("pattern", ["1x1", "3x2"])
+def test_faster_decoding_draws_the_same_tokens(pattern, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":  # test the cache alone
         monkeypatch.setattr(graphs, "record", lambda function, *inputs: function)
-    model = tiny().to("cuda" if torch.cuda.is_available() else "cpu")
-    idx = IDX[:, :3].to(model.wte.weight.device)
+    model, idx = tiny(pattern).to(device), IDX[:, :3].to(device)
     expected = model.generate(idx, 9, temperature=0)  # beyond the context of 8, too
-    graphs.record_decoding(model)
-    assert model.generate(idx, 9, temperature=0).equal(expected)
+    for speed_up in (graphs.record_decoding, graphs.speed_up_decoding):
+        speed_up(model)
+        assert model.generate(idx, 9, temperature=0).equal(expected)
