@@ -114,7 +114,7 @@ class TrainConfig:
     dwa_impl: str = flag("auto", "how DWA is computed; the results are the same", choices=IMPLS)
     dwa_start_iter: int = flag(0, "keep the alphas frozen until this step", low=0)
     # optimization
-    max_iters: int = flag(800, "training steps", low=1)
+    max_iters: int = flag(700, "training steps", low=1)
     batch_size: int = flag(12, "micro-batch size: sequences per forward pass", low=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches per step, over all GPUs", low=1)
     optimizer: str = flag("muon", "muon: for the blocks' matrices only", choices=("adamw", "muon"))
@@ -249,15 +249,17 @@ def load_dataset(config, checkpoint):
 
 
 def get_batch(dataset, config, step, micro_batch, device):
-    """Return one micro-batch of random windows, x and y, (B, T).
+    """Return one micro-batch of windows, x and y, (B, T).
 
-    They depend only on the seed, the step and the position in the step, so a run sees the same
-    windows after a resume, on any number of GPUs, and with 8 x 1 or 4 x 2 sequences per step.
+    Window n begins n golden ratios, modulo 1, after a random place in the text. Such windows cover
+    it evenly: in the first epoch they reach 86% of it, where random ones would reach 63%. They
+    depend only on the seed, the step and the position in the step, so a run sees the same windows
+    after a resume, on any number of GPUs, and with 8 x 1 or 4 x 2 sequences per step.
     """
     B, T = config.batch_size, config.block_size
-    rng = np.random.default_rng((config.seed, step))
-    offsets = rng.integers(len(dataset.train) - T, size=sequences_per_step(config))
-    offsets = offsets[micro_batch * B : (micro_batch + 1) * B]
+    n = step * sequences_per_step(config) + micro_batch * B + np.arange(B)
+    place = (np.random.default_rng(config.seed).random() + n * (5**0.5 - 1) / 2) % 1
+    offsets = (place * (len(dataset.train) - T)).astype(np.int64)
     return stack_windows(dataset.train, offsets, (B, T), device)
 
 

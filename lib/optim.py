@@ -32,8 +32,9 @@ def configure_optimizers(
     decayed = {name: p for name, p in others.items() if p.dim() >= 2}
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "muon":
-        matrices = [decayed.pop(name) for name in list(decayed) if name.startswith("blocks.")]
-        optimizers.append(Muon(matrices, learning_rate, weight_decay))
+        matrices = {name: decayed.pop(name) for name in list(decayed) if name.startswith("blocks.")}
+        stacked = [p for name, p in matrices.items() if name.endswith("c_attn.weight")]
+        optimizers.append(Muon(matrices.values(), learning_rate, weight_decay, stacked=stacked))
     undecayed = [p for p in others.values() if p.dim() < 2]
     groups = [
         {"params": list(decayed.values()), "weight_decay": weight_decay},
@@ -56,16 +57,20 @@ def set_lr(optimizers: list[torch.optim.Optimizer], lr: float):
 class Muon(torch.optim.Optimizer):
     """Muon for matrices, in float32. (torch.optim.Muon multiplies in bfloat16, which most CPUs only
     emulate, and takes one matrix at a time.)
+
+    Those in `stacked` hold several square matrices, one above the other: c_attn holds those of q,
+    k and v, which the authors of Muon advise to keep apart.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.1, momentum: float = 0.95):
+    def __init__(self, params, lr: float, weight_decay: float = 0.1, momentum=0.95, stacked=()):
+        self.stacked = set(stacked)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            batches = defaultdict(list)  # {(m, n): [(parameter, its update or the transposed)]}
+            batches = defaultdict(list)  # {(m, n): [(matrix, its update or the transposed)]}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -74,12 +79,14 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - momentum)
                 update = p.grad.lerp(state["momentum"], momentum)  # Nesterov
-                wide = update if p.size(0) <= p.size(1) else update.mT
-                batches[wide.shape].append((p, wide))
+                m = p.size(1) if p in self.stacked else p.size(0)
+                for matrix, part in zip(p.split(m), update.split(m), strict=True):
+                    wide = part if m <= p.size(1) else part.mT
+                    batches[wide.shape].append((matrix, wide))
             for (_, n), batch in batches.items():
                 scale = 0.2 * n**0.5  # gives the update an RMS of 0.2 lr, typical of AdamW
-                params, updates = zip(*batch, strict=True)
-                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                matrices, updates = zip(*batch, strict=True)
+                for p, update in zip(matrices, orthogonalize(torch.stack(updates)), strict=True):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(update if p.shape == update.shape else update.mT, alpha=-lr * scale)
 

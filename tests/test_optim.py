@@ -22,21 +22,20 @@ def test_orthogonalize_keeps_the_singular_vectors():
 
 
 def test_muon_is_its_formula():
-    """For matrices that are square, tall, and wide; the last two are one batch."""
+    """For matrices that are square, tall, wide, and two in one; tall and wide are one batch."""
     torch.manual_seed(0)
-    shapes = [(8, 8), (24, 8), (8, 24), (8, 24)]
+    shapes = [(8, 8), (24, 8), (8, 24), (16, 8), (8, 24)]
     *params, unused = (torch.nn.Parameter(torch.randn(shape).double()) for shape in shapes)
-    muon, before = Muon([*params, unused], 0.02, weight_decay=0.3), unused.detach().clone()
+    muon, before = Muon([*params, unused], 0.02, 0.3, stacked=params[3:]), unused.detach().clone()
     expected = [(p.detach().clone(), torch.zeros(p.shape)) for p in params]
     for _ in range(3):
         for i, (p, (w, m)) in enumerate(zip(params, expected, strict=True)):
             p.grad = g = torch.randn(p.shape).double()  # `unused` has none, so it is skipped
             m = 0.95 * m + 0.05 * g
             update = 0.05 * g + 0.95 * m
-            wide = update if len(p) <= 8 else update.mT
-            update = orthogonalize(wide[None])[0]
-            update = update if len(p) <= 8 else update.mT
-            expected[i] = w - 0.02 * (0.3 * w + 0.2 * max(p.shape) ** 0.5 * update), m
+            rows = 8 if i == 3 else len(p)
+            update = torch.cat([orthogonalize(part[None])[0] for part in update.split(rows)])
+            expected[i] = w - 0.02 * (0.3 * w + 0.2 * max(rows, p.size(1)) ** 0.5 * update), m
         muon.step()
     for p, (w, _) in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), w)
@@ -52,9 +51,10 @@ def test_every_parameter_is_trained_once_and_the_alphas_at_their_own_rate(optimi
     groups = [group for each in optimizers for group in each.param_groups]
     found = {p: (group["weight_decay"], group["lr"]) for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(found)
-    in_muon = {p for each in optimizers[:-1] for p in each.param_groups[0]["params"]}
+    muon = {p: p in o.stacked for o in optimizers[:-1] for p in o.param_groups[0]["params"]}
     matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     for name, p in model.named_parameters():
         decay = 0.1 if name.endswith((*matrices, "wte.weight", "wpe.weight")) else 0.0
         assert found[p] == (decay, 6e-3 if name == "dwa.alpha" else 2e-3), name
-        assert (p in in_muon) == (optimizer == "muon" and name.endswith(matrices)), name
+        assert (p in muon) == (optimizer == "muon" and name.endswith(matrices)), name
+        assert muon.get(p, False) == (p in muon and "c_attn" in name), name
