@@ -284,7 +284,7 @@ def bench(c: BenchConfig, device: torch.device) -> Results:
             decoder = copy.deepcopy(model)
             speed_up_decoding(decoder)
             if " " in row:
-                decoder.dwa = model.dwa  # which that may have replaced
+                decoder.dwa = model.dwa  # the implementation that the row names
             decoding[row] = partial(decode, decoder.generate, temperature=0)
         if model.dwa.num_params():
             alone[row] = partial(run_dwa, model.dwa, x)

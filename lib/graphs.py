@@ -1,4 +1,4 @@
-"""CUDA graphs: a micro-batch, or the decoding of a token, as a single launch.
+"""CUDA graphs: a micro-batch, or the decoding of a token, as one launch; on a CPU, fewer calls.
 
 Launching the kernels of a small model takes longer than running them. A graph replays what was
 recorded, so every choice that Python made is fixed: shapes, `if`s, layers skipped at random.

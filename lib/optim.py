@@ -58,8 +58,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices, in float32. (torch.optim.Muon multiplies in bfloat16, which most CPUs only
     emulate, and takes one matrix at a time.)
 
-    Those in `stacked` hold several square matrices, one above the other: c_attn holds those of q,
-    k and v, which the authors of Muon advise to keep apart.
+    Those in `stacked` hold several square matrices, one above the other: c_attn, of q, k and v.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.1, momentum=0.95, stacked=()):
