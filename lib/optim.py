@@ -61,7 +61,9 @@ class Muon(torch.optim.Optimizer):
     Those in `stacked` hold several square matrices, one above the other: c_attn, of q, k and v.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.1, momentum=0.95, stacked=()):
+    def __init__(
+        self, params, lr: float, weight_decay: float = 0.1, momentum: float = 0.95, stacked=()
+    ):
         self.stacked = set(stacked)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 

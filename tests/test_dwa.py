@@ -390,7 +390,7 @@ def test_autocast_keeps_the_stream_in_16_bits_and_alpha_in_float32():
 @pytest.mark.parametrize("pattern", ["1x1", "3x2"])
 def test_faster_decoding_draws_the_same_tokens(pattern, monkeypatch):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":  # test the cache alone
+    if device == "cpu":  # without graphs
         monkeypatch.setattr(graphs, "record", lambda function, *inputs: function)
     model, idx = tiny(pattern).to(device), IDX[:, :3].to(device)
     expected = model.generate(idx, 9, temperature=0)  # beyond the context of 8, too
