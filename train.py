@@ -44,7 +44,7 @@ from data.dataset import eval_offsets, stack_windows, sum_losses
 from data.tokenizer import from_state
 from denseformer import DenseFormer, DenseFormerConfig
 from lib.checkpoint import Run, load_checkpoint, load_state, load_weights, lock_folder
-from lib.device import find_device, find_dtype
+from lib.device import find_device, find_dtype, keep_freed_memory
 from lib.figures import plot_losses, text_heat_map
 from lib.files import UserError, say
 from lib.flags import UsageError, flag, parse_flags, path, run_cli
@@ -401,6 +401,7 @@ def train(config, checkpoint, device):
     """Train, from the beginning or from the checkpoint of load_config; return the exit status."""
     # data, model and optimizers
     dataset, fingerprint = load_dataset(config, checkpoint)
+    keep_freed_memory()
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32, where the GPU has it
     model = DenseFormer(model_config(config, dataset.tokenizer.vocab_size))

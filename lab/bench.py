@@ -48,7 +48,7 @@ from torch.utils._pytree import tree_leaves
 
 from denseformer import DWA, DenseFormer, DenseFormerConfig
 from lab.variants import MODELS, load_package
-from lib.device import describe_machine, find_device
+from lib.device import describe_machine, find_device, keep_freed_memory
 from lib.files import open_new, progress_bar
 from lib.flags import UsageError, flag, parse_flags, path, run_cli
 from lib.graphs import MicroBatchLoss, record, speed_up_decoding
@@ -326,8 +326,7 @@ def main(argv=None):
     device = find_device(config.device)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    # Freeing a 31 MiB block raises glibc's mmap threshold, so that later large blocks are reused.
-    torch.empty(31 << 20, dtype=torch.uint8)
+    keep_freed_memory()
     report = {"machine": describe_machine(device), "config": asdict(config)}
     # opened first: that it cannot be written is better known before measuring than after
     with open_new(Path(config.json)) if config.json else nullcontext() as file:

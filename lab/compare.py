@@ -12,7 +12,7 @@ SMALL, in this file.
 Each row is trained on several seeds, at the learning rate that is best for it on the first seed.
 Models of equal depth and seed start from the same weights and see the same batches, so losses are
 compared in pairs: the table has the mean difference from the first row and the p-value of a paired
-t-test. Losses are those of the whole validation split at the end of training.
+t-test (pip install scipy). Losses are those of the whole validation split at the end of training.
 
 Writes the table to lab/NAME.md and the loss of every run to lab/NAME.json. What is in that file is
 not trained again, so the command can be stopped and repeated; with other data, choose another NAME.
@@ -20,7 +20,6 @@ The logs stay in OUT_DIR.
 """
 
 import json
-import math
 import os
 import shlex
 import statistics
@@ -34,6 +33,7 @@ from pathlib import Path
 from threading import Lock
 
 from denseformer import dwa_rows
+from lab.variants import load_package
 from lib.checkpoint import load_checkpoint
 from lib.device import describe_machine, find_device
 from lib.files import UserError, open_new, progress_bar
@@ -111,23 +111,6 @@ def call(words: list[str], jobs: int):
         raise UserError(f"{shlex.join(words)}\n{done.stderr}")
 
 
-def paired_t_test(differences: list[float]) -> float:
-    """Return the p-value, two-sided, of the hypothesis that the mean of the differences is 0.
-
-    For n - 1 degrees of freedom, an integer, Student's distribution has a closed form (Abramowitz
-    and Stegun, 26.7.3 and 26.7.4).
-    """
-    n, spread = len(differences), statistics.stdev(differences)
-    theta = math.atan2(abs(math.fsum(differences)) / math.sqrt(n), spread * math.sqrt(n - 1))
-    odd = n % 2 == 0  # whether the number of degrees of freedom is
-    term, total = 1.0, 0.0
-    for k in range(1 + odd, n - 1, 2):
-        total += term
-        term *= k / (k + 1) * math.cos(theta) ** 2
-    inside = math.sin(theta) * total
-    return 1 - ((theta + math.cos(theta) * inside) * 2 / math.pi if odd else inside)
-
-
 def markdown(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -137,6 +120,7 @@ def main(argv=None):
     end = argv.index("--") if "--" in argv else len(argv)
     config = CompareConfig(**parse_flags(CompareConfig, argv[:end], __doc__))
     shared, runs, rates = [*SMALL, *argv[end + 1 :]], Runs(config), config.rates
+    t_test = load_package("scipy").stats.ttest_rel
     rows, run = [*filter(None, map(str.strip, config.rows.split(",")))], partial(command, shared)
 
     # the better rate, on the first seed
@@ -160,14 +144,14 @@ def main(argv=None):
         "|---" * (len(seeds) + 6) + "|",
     ]
     for row in rows:
-        pairs = zip(losses[row], losses[rows[0]], strict=True)
-        differences = [a - b for a, b in pairs] if row != rows[0] else []
+        ours, base, is_base = losses[row], losses[rows[0]], row == rows[0]
+        difference = statistics.mean(ours) - statistics.mean(base)
+        p = "" if is_base or len(seeds) == 1 else f"{t_test(ours, base).pvalue:.2g}"
         text.append(
             markdown(
                 row, f"{done[row][0]['parameters']:,}", f"{best[row]:g}",
-                *(f"{loss:.4f}" for loss in (*losses[row], statistics.mean(losses[row]))),
-                f"{statistics.mean(differences):+.4f}" if differences else "",
-                f"{paired_t_test(differences):.2g}" if len(differences) > 1 else "",
+                *(f"{loss:.4f}" for loss in (*ours, statistics.mean(ours))),
+                "" if is_base else f"{difference:+.4f}", p,
             )
         )  # fmt: skip
     text += ["\nLearning rates tried, on the first seed:\n", markdown("", *rates)]

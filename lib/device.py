@@ -1,5 +1,6 @@
 """Device and dtype: what this machine has, by the names of the flags."""
 
+import ctypes
 import platform
 import re
 from pathlib import Path
@@ -38,6 +39,18 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
         features = torch.cpu.get_capabilities()
         native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return torch.bfloat16 if native else torch.float32
+
+
+def keep_freed_memory():
+    """Let this process reuse the memory that it frees, as a GPU's allocator does.
+
+    By default the C library of Linux returns large blocks to the system, and each step of training
+    on a CPU gets its activations anew, in pages of 4 kB that the system fills with zeros.
+    """
+    if platform.system() == "Linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all that is free at the end of the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block from outside the heap
 
 
 # Dense bfloat16 FLOPs per second, from data sheets; the first matching name is used.
