@@ -75,7 +75,7 @@ PRESETS = {
     "gpu": {
         "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.3,
         "max_iters": 1500, "batch_size": 64, "learning_rate": 4e-3, "warmup_iters": 100,
-        "weight_decay": 0.1, "beta2": 0.99, "eval_interval": 250,
+        "weight_decay": 0.1, "beta2": 0.99,
     },
     "paper-48": PAPER,
     "paper-72": PAPER | {"n_layer": 72},
@@ -127,7 +127,7 @@ class TrainConfig:
     beta2: float = flag(0.95, "AdamW's second beta", low=0, below=1)
     grad_clip: float = flag(1.0, "clip the gradient to this norm; 0 disables clipping", low=0)
     # evaluation and logs
-    eval_interval: int = flag(200, "steps between evaluations; each saves a checkpoint", low=1)
+    eval_interval: int = flag(250, "steps between evaluations; each saves a checkpoint", low=1)
     eval_iters: int = flag(200, "evaluate on at most this many steps' worth of tokens", low=1)
     final_eval_iters: int = flag(200, "the same, for the loss that is shown at the end", low=1)
     log_interval: int = flag(20, "steps between log lines", low=1)
