@@ -44,10 +44,10 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory():
     """Let this process reuse the memory that it frees, as a GPU's allocator does.
 
-    By default the C library of Linux returns large blocks to the system, and each step of training
-    on a CPU gets its activations anew, in pages of 4 kB that the system fills with zeros.
+    By default glibc, the C library of Linux, returns large blocks to the system, and each step of
+    training on a CPU gets its activations anew, in pages of 4 kB that the system fills with zeros.
     """
-    if platform.system() == "Linux":
+    if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all that is free at the end of the heap
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block from outside the heap
