@@ -10,7 +10,7 @@
 # Seen: products are about twice as fast and still exact to float32: "medium" sends them from MKL to
 #   oneDNN, which has no bfloat16 algorithm for float32 inputs here and multiplies in float32, with
 #   AVX-512. But attention takes 3 to 4 times as long: its CPU kernel multiplies many small blocks,
-#   and each of them becomes an oneDNN call, too. So a step of the GPT as a whole gets slower.
+#   and each of them becomes a oneDNN call, too.
 # On a CPU without AVX-512 both settings are the same, and this script fails.
 set -euo pipefail
 work=$(mktemp -d)
@@ -27,6 +27,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 torch.manual_seed(0)
+torch.set_num_threads(2)
 torch.set_float32_matmul_precision(sys.argv[1])
 a, w = torch.randn(1536, 320), torch.randn(80, 320)
 q, k, v = (torch.randn(12, 2, 128, 40, requires_grad=True) for _ in range(3))

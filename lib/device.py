@@ -46,6 +46,7 @@ def keep_freed_memory():
 
     By default glibc, the C library of Linux, returns large blocks to the system, and each step of
     training on a CPU gets its activations anew, in pages of 4 kB that the system fills with zeros.
+    The price: the process never becomes smaller again.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -131,6 +131,7 @@ def test_columns():
 
 
 def test_compare_tunes_pairs_and_resumes(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
     losses = {  # by seed
         ("plain", "0.1"): [2.0, 2.2, 2.1], ("plain", "0.2"): [1.9, 2.1, 1.6],
         ("1x1", "0.1"): [1.8, 1.9, 1.7], ("1x1", "0.2"): [1.85, 1.0, 1.0],
@@ -143,8 +144,7 @@ def test_compare_tunes_pairs_and_resumes(tmp_path, monkeypatch):
         calls.append(given)
         if given is calls[0]:
             raise UserError("killed")
-        out_dir = tmp_path / given["--out_dir"]
-        out_dir.mkdir(parents=True)
+        (out_dir := tmp_path / given["--out_dir"]).mkdir(parents=True)
         loss = losses[name, given["--learning_rate"]][int(given["--seed"]) - 1]
         (out_dir / "log.jsonl").write_text(f'{{"{"final_" * (name == "1x1")}val_loss": {loss}}}')
 
