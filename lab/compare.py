@@ -22,7 +22,6 @@ The logs stay in OUT_DIR.
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import zlib
@@ -30,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from threading import Lock
 
 from denseformer import dwa_rows
@@ -145,13 +145,12 @@ def main(argv=None):
     ]
     for row in rows:
         ours, base, is_base = losses[row], losses[rows[0]], row == rows[0]
-        difference = statistics.mean(ours) - statistics.mean(base)
         p = "" if is_base or len(seeds) == 1 else f"{t_test(ours, base).pvalue:.2g}"
         text.append(
             markdown(
                 row, f"{done[row][0]['parameters']:,}", f"{best[row]:g}",
-                *(f"{loss:.4f}" for loss in (*ours, statistics.mean(ours))),
-                "" if is_base else f"{difference:+.4f}", p,
+                *(f"{loss:.4f}" for loss in (*ours, mean(ours))),
+                "" if is_base else f"{mean(ours) - mean(base):+.4f}", p,
             )
         )  # fmt: skip
     text += ["\nLearning rates tried, on the first seed:\n", markdown("", *rates)]

@@ -89,8 +89,7 @@ def speed_up_decoding(model: DenseFormer):
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
-    if model.dwa.num_params():
-        model.dwa = TokenDWA(model.dwa)
+    model.dwa = TokenDWA(model.dwa)
 
 
 class TokenDWA(DWA):
@@ -100,7 +99,10 @@ class TokenDWA(DWA):
     def __init__(self, dwa: DWA):
         super().__init__(dwa.n_layer, dwa.pattern)
         self.alpha = dwa.alpha
-        self.weights = [dwa.alpha.detach()[i, None, None, row] for i, row in enumerate(self.rows)]
+        self.weights = [  # (1, 1, i + 1), 0 where DWA i does not read
+            alphas[None, None, : i + 1].where(torch.tensor([j in row for j in range(i + 1)]), 0)
+            for i, (row, alphas) in enumerate(zip(self.rows, dwa.alpha.detach(), strict=True))
+        ]
 
     def forward(self, x: Tensor) -> Any:
         """Begin a forward pass with X_0, (B, T, C)."""
@@ -109,15 +111,15 @@ class TokenDWA(DWA):
 
 class TokenSteps:
     def __init__(self, dwa: TokenDWA, x: Tensor):
-        self.rows, self.weights, self.X = dwa.rows, dwa.weights, [x]
+        self.dwa, self.X = dwa, [x]
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """Take X_i; return Y_i."""
         self.X.append(x)
-        if not (row := self.rows[i]):
+        if not self.dwa.rows[i]:
             return x
-        # (1, 1, length of the row) @ (B, length of the row, C)
-        return self.weights[i] @ torch.cat([self.X[j] for j in row], dim=1)
+        self.X = [torch.cat(self.X, dim=1)]  # X_0..X_i, (B, i + 1, C)
+        return torch.bmm(self.dwa.weights[i].expand(len(x), -1, -1), self.X[0])
 
 
 def record_decoding(model: DenseFormer):
