@@ -1,6 +1,5 @@
 """Device and dtype: what this machine has, by the names of the flags."""
 
-import ctypes
 import platform
 import re
 from pathlib import Path
@@ -42,16 +41,14 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory():
-    """Let this process reuse the memory that it frees, as a GPU's allocator does.
+    """Let this process reuse the blocks of up to 31 MiB that it frees.
 
-    By default glibc, the C library of Linux, returns large blocks to the system, and each step of
-    training on a CPU gets its activations anew, in pages of 4 kB that the system fills with zeros.
-    The price: the process never becomes smaller again.
+    By default glibc, the C library of Linux, returns them to the system, and each step of training
+    on a CPU gets its activations anew, in pages of 4 kB that the system fills with zeros. It stops
+    for blocks no larger than one that was freed before. (With mallopt it would stop for larger
+    ones, too, but there the heap can grow with every step: aligned blocks of many pages fragment.)
     """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all that is free at the end of the heap
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block from outside the heap
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 # Dense bfloat16 FLOPs per second, from data sheets; the first matching name is used.
