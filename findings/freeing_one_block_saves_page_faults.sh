@@ -7,8 +7,8 @@
 #
 # Expected: the same number in both, and next to none after the first steps, since each step needs
 #   just the memory that the last one has freed.
-# Seen: without that line, every step returns most of its memory to the system and takes thousands
-#   of page faults to get it back, zeroed: here about a fifth of the time. With it, under 100.
+# Seen: without that line, every step returns much of its memory to the system and takes thousands
+#   of page faults to get it back, zeroed: here 3,452, 5% of the time. With it, next to none.
 #   torch takes its memory from malloc, and by default glibc's keeps 128 KiB at the top of the heap.
 #   It raises this limit to twice the largest block that was ever mapped and freed, up to 64 MiB, so
 #   that it depends on what the program happened to free before.

@@ -9,7 +9,7 @@
 # Expected: products are faster and less exact. Attention is not slower.
 # Seen: products are about twice as fast and still exact to float32: "medium" sends them from MKL to
 #   oneDNN, which has no bfloat16 algorithm for float32 inputs here and multiplies in float32, with
-#   AVX-512. But attention takes 3 to 4 times as long: its CPU kernel multiplies many small blocks,
+#   AVX-512. But attention takes 3 times as long: its CPU kernel multiplies many small blocks,
 #   and each of them becomes a oneDNN call, too.
 # On a CPU without AVX-512 both settings are the same, and this script fails.
 set -euo pipefail
