@@ -89,7 +89,8 @@ def speed_up_decoding(model: DenseFormer):
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
-    model.dwa = TokenDWA(model.dwa)
+    if model.dwa.num_params():
+        model.dwa = TokenDWA(model.dwa)
 
 
 class TokenDWA(DWA):

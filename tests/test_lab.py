@@ -144,7 +144,8 @@ def test_compare_tunes_pairs_and_resumes(tmp_path, monkeypatch):
         calls.append(given)
         if given is calls[0]:
             raise UserError("killed")
-        (out_dir := tmp_path / given["--out_dir"]).mkdir(parents=True)
+        out_dir = tmp_path / given["--out_dir"]
+        out_dir.mkdir(parents=True)
         loss = losses[name, given["--learning_rate"]][int(given["--seed"]) - 1]
         (out_dir / "log.jsonl").write_text(f'{{"{"final_" * (name == "1x1")}val_loss": {loss}}}')
 
@@ -160,7 +161,8 @@ def test_compare_tunes_pairs_and_resumes(tmp_path, monkeypatch):
     compare.main(argv)
     assert len(calls) == 9  # 2 rows at 2 rates, 2 rows with 2 more seeds, and the one killed
     assert {c["--n_layer"] + c["--min_lr"] for c in calls} == {"20.01", "20.02", "20"}
-    t = statistics.mean(d := [-0.1, -0.2, 0.1]) / statistics.stdev(d) * 3**0.5
+    differences = [-0.1, -0.2, 0.1]
+    t = statistics.mean(differences) / statistics.stdev(differences) * 3**0.5
     p = 1 - abs(t) / (2 + t * t) ** 0.5  # Student's distribution with two degrees of freedom
     table = (tmp_path / "x.md").read_text()
     assert "| plain | 105 | 0.2 | 1.9000 | 2.1000 | 1.6000 | 1.8667 |  |  |" in table
