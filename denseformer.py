@@ -487,42 +487,49 @@ def sample_token(
 
 
 class Buffer:
-    """The memory of one forward pass, X, (L + 1, N) for activations of N numbers: row i is X_i.
+    """The memory of one forward pass: X, (S, L + 1, N / S), for activations of N numbers.
 
-    In the backward pass, rows lowest..top-1 are G, the rows before them still X.
+    X[:, i] is X_i, in S slices, since torch.bmm on a CPU runs one product per core. (torch.mv uses
+    a single core.) In the backward pass, rows lowest..top-1 are G, the rows before them still X.
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
-        self.X, self.shape = x.new_empty(len(alpha), x.numel()), x.shape
+        S = math.gcd(x.numel(), 16)
+        # in memory, the slices of each X_i lie together
+        self.X, self.shape = x.new_empty(len(alpha), S, x.numel() // S).transpose(0, 1), x.shape
         # a copy: the backward pass needs these alphas even if an optimizer has stepped
         self.alpha = alpha.detach().to(x.dtype, copy=True)
         self.dalpha = torch.zeros_like(alpha)
         self.next: int | None = 0  # the next step of the forward pass, None after it
 
     def forward(self, i: int, x: Tensor) -> Tensor:
-        """Take X_i; return Y_i = alpha[i, :i+1] @ X[:i+1]."""
+        """Take X_i; return Y_i = alpha[i, :i+1] @ X[:, :i+1]."""
         self.next = i + 1
-        self.X[i].view(self.shape).copy_(x)
-        return mv(self.X[: i + 1].t(), self.alpha[i, : i + 1], self.shape).to(x.dtype)
+        self.X[:, i].view(self.shape).copy_(x)
+        return matmul(self.alpha[None, i, : i + 1], self.X[:, : i + 1], self.shape).to(x.dtype)
 
     def backward(self, i: int, g: Tensor | None) -> Tensor:
         """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
         if self.next is not None:  # the backward pass begins
             self.next, self.top, self.lowest = None, i + 1, i + 1
-        self.X[i + 1 : self.lowest] = 0  # the G of steps that ran under no_grad
+        self.X[:, i + 1 : self.lowest] = 0  # the G of steps that ran under no_grad
         self.lowest = i
         g = self.X.new_zeros(self.shape) if g is None else g.to(self.X.dtype)
-        self.dalpha[i, : i + 1] = mv(self.X[: i + 1], g.reshape(-1), (i + 1,))
-        self.X[i].view(self.shape).copy_(g)
-        # column i of alpha; contiguous, which is faster
-        return mv(self.X[i : self.top].t(), self.alpha[i : self.top, i].contiguous(), self.shape)
+        dots = matmul(g.reshape(len(self.X), 1, -1), self.X[:, : i + 1].mT, (len(self.X), i + 1))
+        self.dalpha[i, : i + 1] = dots.sum(0, dtype=self.dalpha.dtype)
+        self.X[:, i].view(self.shape).copy_(g)
+        return matmul(self.alpha[None, i : self.top, i], self.X[:, i : self.top], self.shape)
 
 
-def mv(A: Tensor, v: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return A @ v in this shape and in the dtype of A, with sums in float32 at least, also under
-    autocast, which ignores calls with out=."""
-    y = A.new_empty(shape)  # no view of A @ v, so that a block may modify it in place
-    torch.mv(A, v, out=y.view(-1))
+def matmul(A: Tensor, X: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return A @ X in this shape, for A of (r, m) or (S, r, m), and X of (S, m, n).
+
+    It has the dtype of X, with sums in float32 at least, also under autocast, which ignores calls
+    with out=.
+    """
+    y = X.new_empty(shape)  # no view of A @ X, so that a block may modify it in place
+    # a column of alpha is not contiguous, and bmm would multiply slice by slice
+    torch.bmm(A.contiguous().expand(len(X), -1, -1), X, out=y.view(len(X), A.size(-2), X.size(2)))
     return y
 
 

@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from denseformer import DWA, Buffer, Formula, InPlace, Rows, is_plain
+from denseformer import DWA, Buffer, Formula, InPlace, Rows, is_plain, matmul
 
 try:  # installed with CUDA builds of torch
     import triton
@@ -133,7 +133,7 @@ class TiledBuffer(Buffer):
         hi = min(lo + self.b, self.L + 1)
         self.next = i + 1
         if lo == i > 0:  # a new tile begins: P_lo..P_{hi-1}
-            matmul(self.alpha_T[:lo, lo:hi].T, X[:, :lo], out=X[:, lo + 1 : hi + 1])
+            write_product(self.alpha_T[:lo, lo:hi].T, X[:, :lo], out=X[:, lo + 1 : hi + 1])
         end = i + 2 if lo else i + 1  # the first tile has no older ones
         return self.write_and_sum(X, i, x, A[i + 1, lo:end], lo).to(x.dtype)
 
@@ -147,13 +147,12 @@ class TiledBuffer(Buffer):
         A, X, G, lo = self.A, self.X, self.G, i - i % self.b
         hi, top = min(lo + self.b, self.top), self.top
         if i == hi - 1 and hi < top:  # a new tile begins: Q_lo..Q_{hi-1}
-            matmul(A[hi + 1 : top + 1, lo:hi].T, G[:, hi + 1 : top + 1], out=G[:, lo:hi])
+            write_product(A[hi + 1 : top + 1, lo:hi].T, G[:, hi + 1 : top + 1], out=G[:, lo:hi])
         first = i if hi < top else i + 1  # the last tile has no newer ones
         g = X.new_zeros(self.shape) if g is None else g
         dx = self.write_and_sum(G, i + 1, g, A[first : hi + 1, i], first)
         if i == lo:  # the tile is complete
-            dots = X.new_empty(self.S, hi - lo, hi)
-            matmul(G[:, lo + 1 : hi + 1], X[:, :hi].mT, out=dots)
+            dots = matmul(G[:, lo + 1 : hi + 1], X[:, :hi].mT, (self.S, hi - lo, hi))
             self.dalpha[lo:hi, :hi] = dots.sum(0, dtype=self.dalpha.dtype)
         return dx
 
@@ -162,31 +161,24 @@ class TiledBuffer(Buffer):
 
         X is self.X or self.G. The sum includes the row just written.
         """
-        y = X.new_empty(x.shape)  # not a view: a block may modify it in place
         if triton and X.is_cuda and X.dtype != torch.float64:  # the kernel sums in float32
+            y = X.new_empty(x.shape)
             with torch.cuda.device(X.device):
                 write_and_sum_kernel[(triton.cdiv(X.size(2), 1024),)](
                     X, row, x.contiguous(), a, first, len(a), y, X.size(2), X.stride(1),
                     a.stride(0), MAX=TILE + 1, BLOCK=1024, num_warps=8,
                 )  # fmt: skip
-        else:
-            X[:, row] = x.reshape(len(X), -1)
-            # a column of A must be contiguous, or torch.bmm multiplies slice by slice
-            rows = X[:, first : first + len(a)]
-            matmul(a.contiguous()[None], rows, out=y.view(len(X), 1, -1))
-        return y
+            return y
+        X[:, row] = x.reshape(len(X), -1)
+        return matmul(a[None], X[:, first : first + len(a)], x.shape)
 
 
-def matmul(A: Tensor, X: Tensor, out: Tensor):
-    """Write A @ X to out, also under autocast, which ignores calls with out=.
-
-    A is (r, m) or (S, r, m), X is (S, m, n), out is (S, r, n).
-    """
-    A = A.expand(len(X), -1, -1)
+def write_product(A: Tensor, X: Tensor, out: Tensor):
+    """Write A @ X to out: (r, m), (S, m, n) and (S, r, n)."""
     if out.is_contiguous():
-        torch.bmm(A, X, out=out)
+        torch.bmm(A.expand(len(X), -1, -1), X, out=out)
     else:  # torch.bmm uses all cores of a CPU only if its output is contiguous
-        out.copy_(torch.bmm(A, X, out=X.new_empty(out.shape)))
+        out.copy_(matmul(A, X, out.shape))
 
 
 # For a product with one row, cuBLAS reaches 1 TB/s on an H200, this kernel 3.5, and a copy 4.2.
