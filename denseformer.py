@@ -490,7 +490,7 @@ class Buffer:
     """The memory of one forward pass: X, (S, L + 1, N / S), for activations of N numbers.
 
     X[:, i] is X_i, in S slices, since torch.bmm on a CPU runs one product per core. (torch.mv uses
-    a single core.) In the backward pass, rows lowest..top-1 are G, the rows before them still X.
+    a single core.) In the backward pass, the rows from `lowest` on are G, those before still X.
     """
 
     def __init__(self, alpha: Tensor, x: Tensor):
@@ -501,6 +501,7 @@ class Buffer:
         self.alpha = alpha.detach().to(x.dtype, copy=True)
         self.dalpha = torch.zeros_like(alpha)
         self.next: int | None = 0  # the next step of the forward pass, None after it
+        self.lowest = len(alpha)
 
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Take X_i; return Y_i = alpha[i, :i+1] @ X[:, :i+1]."""
@@ -510,15 +511,14 @@ class Buffer:
 
     def backward(self, i: int, g: Tensor | None) -> Tensor:
         """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
-        if self.next is not None:  # the backward pass begins
-            self.next, self.top, self.lowest = None, i + 1, i + 1
-        self.X[:, i + 1 : self.lowest] = 0  # the G of steps that ran under no_grad
-        self.lowest = i
+        self.X[:, i + 1 : self.lowest] = 0  # the G of steps that did not run, or under no_grad
+        self.lowest, self.next = i, None
         g = self.X.new_zeros(self.shape) if g is None else g.to(self.X.dtype)
         dots = matmul(g.reshape(len(self.X), 1, -1), self.X[:, : i + 1].mT, (len(self.X), i + 1))
         self.dalpha[i, : i + 1] = dots.sum(0, dtype=self.dalpha.dtype)
         self.X[:, i].view(self.shape).copy_(g)
-        return matmul(self.alpha[None, i : self.top, i], self.X[:, i : self.top], self.shape)
+        column = self.alpha[None, i:, i].contiguous()  # else bmm multiplies slice by slice
+        return matmul(column, self.X[:, i:], self.shape)
 
 
 def matmul(A: Tensor, X: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -528,8 +528,7 @@ def matmul(A: Tensor, X: Tensor, shape: tuple[int, ...]) -> Tensor:
     with out=.
     """
     y = X.new_empty(shape)  # no view of A @ X, so that a block may modify it in place
-    # a column of alpha is not contiguous, and bmm would multiply slice by slice
-    torch.bmm(A.contiguous().expand(len(X), -1, -1), X, out=y.view(len(X), A.size(-2), X.size(2)))
+    torch.bmm(A.expand(len(X), -1, -1), X, out=y.view(len(X), A.size(-2), X.size(-1)))
     return y
 
 

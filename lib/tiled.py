@@ -63,7 +63,7 @@ except ImportError:
     triton = None
 
 TILE = 8  # rows of a tile, b: near sqrt(L) for the paper's depths, and aligned for tensor cores
-DEEP = 16  # blocks from which tiles are faster than denseformer.Buffer on a CPU
+DEEP = 24  # blocks from which tiles are faster than denseformer.Buffer on a CPU
 
 
 def make_dwa(dwa: DWA, impl: str, device: torch.device) -> DWA:
@@ -170,7 +170,8 @@ class TiledBuffer(Buffer):
                 )  # fmt: skip
             return y
         X[:, row] = x.reshape(len(X), -1)
-        return matmul(a[None], X[:, first : first + len(a)], x.shape)
+        # a column of A must be contiguous, or torch.bmm multiplies slice by slice
+        return matmul(a[None].contiguous(), X[:, first : first + len(a)], x.shape)
 
 
 def write_product(A: Tensor, X: Tensor, out: Tensor):
