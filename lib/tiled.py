@@ -15,7 +15,7 @@ Then each row adds its newest terms, at most b. Here the tiles are rows 0-1, 2-3
 The same holds in reverse for G_m = dLoss/dY_m, and dalpha is one product per tile. Instead of
 L^2/2 activations this reads L^2/(2b) + L b/2, which is smallest for b = sqrt(L). Forward and
 backward together move 203 activations for 8 blocks, 709 for 24 and 1,648 for 48; without tiles it
-is 202, 1,154 and 4,022, and with the formula and autograd 584, 4,440 and 16,944.
+is 196, 1,148 and 4,016, and with the formula and autograd 584, 4,440 and 16,944.
 
 A tile's product needs memory for b rows. The rows of X after lo are still free, so it goes there:
 P_i, the part of Y_i from older tiles, waits in row i + 1 until X_{i+1} overwrites it. Then Y_i is
