@@ -498,9 +498,8 @@ class Buffer:
         # in memory, the slices of each X_i lie together
         self.X = x.new_empty(len(alpha), self.S, x.numel() // self.S).transpose(0, 1)
         # a copy: the backward pass needs these alphas even if an optimizer has stepped
-        self.alpha = alpha.detach().to(x.dtype, copy=True)
-        self.dalpha, self.lowest = torch.zeros_like(alpha), len(alpha)
-        self.next: int | None = 0  # the next step of the forward pass, None after it
+        self.alpha, self.dalpha = alpha.detach().to(x.dtype, copy=True), torch.zeros_like(alpha)
+        self.lowest, self.next = len(alpha), 0  # next is the next step of the forward pass
 
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Take X_i; return Y_i = alpha[i, :i+1] @ X[:, :i+1]."""
@@ -510,13 +509,12 @@ class Buffer:
 
     def backward(self, i: int, g: Tensor | None) -> Tensor:
         """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
-        self.next = None
         if g is not None:
             self.X[:, i + 1 : self.lowest] = 0  # the G that were skipped
             g = g.to(self.X.dtype).reshape(self.S, 1, -1)
             self.dalpha[i, : i + 1] = matmul(g, self.X[:, : i + 1].mT, (self.S, i + 1)).sum(0)
             self.X[:, i] = g[:, 0]
-            self.lowest = i
+            self.lowest, self.next = i, len(self.alpha)  # no step may follow
         column = self.alpha[None, self.lowest :, i].contiguous()  # else bmm takes slice by slice
         return matmul(column, self.X[:, self.lowest :], self.shape)
 
@@ -549,7 +547,7 @@ class InPlaceStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, order):  # g is None: nothing reads Y_i; order is None: it begins here
         buffer = ctx.buffer
-        if torch.is_grad_enabled() or (order is None and buffer.next is None):
+        if torch.is_grad_enabled() or (order is None and buffer.lowest < len(buffer.dalpha)):
             raise RuntimeError("a second backward pass or derivative needs DWA(..., impl='naive')")
         dx = buffer.backward(ctx.i, g)
         if not ctx.is_first and ctx.needs_input_grad[1]:

@@ -123,7 +123,7 @@ class TiledBuffer(Buffer):
         self.A = A.fill_diagonal_(1).to(x.dtype)
         self.alpha_T = F.pad(alpha.detach().T, (0, -len(alpha) % 8)).to(x.dtype)
         self.dalpha = torch.zeros_like(alpha)
-        self.next: int | None = 0
+        self.lowest, self.next = self.L + 1, 0
 
     G = property(lambda self: self.X[:, self.b :])  # a stored view would keep X
 
@@ -139,8 +139,8 @@ class TiledBuffer(Buffer):
 
     def backward(self, i: int, g: Tensor | None) -> Tensor:
         """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
-        if self.next is not None:  # the backward pass begins
-            self.next, self.top, self.lowest = None, i + 1, i + 1
+        if self.lowest > self.L:  # the backward pass begins
+            self.next, self.top, self.lowest = self.L + 1, i + 1, i + 1
         for skipped in range(self.lowest - 1, i, -1):  # ran under no_grad, so their G is 0
             self.backward(skipped, None)
         self.lowest = i

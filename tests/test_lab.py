@@ -126,7 +126,7 @@ def test_columns():
     assert bench.cell([30.0], [20.0]) == "30 | 1.500"
     assert bench.cell([10.0, 20, 60, 80], [10, 10, 10, 40]) == "40 ± 24 | 2.000"
     assert bench.cell([4000, 1000, 1200], [1000, 1000, 1000]) == "1,200 | 1.200"
-    assert bench.count_moved(DWA(8)) == 202
+    assert bench.count_moved(DWA(8)) == 196
     assert bench.count_moved(bench.TensordotDWA(8)) == 282
 
 
