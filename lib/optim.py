@@ -12,6 +12,12 @@ from torch import Tensor
 
 from denseformer import DenseFormer
 
+# a, b and c of each step of orthogonalize
+STEPS = (
+    (8.2218, -23.3469, 16.6338), (4.0474, -3.0142, 0.5698),
+    (3.5169, -2.6350, 0.5267), (2.5036, -1.8457, 0.4381),
+)  # fmt: skip
+
 
 def configure_optimizers(
     model: DenseFormer,
@@ -95,12 +101,12 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(G: Tensor) -> Tensor:
     """Return an approximation of U V^T for each matrix G = U S V^T of a batch, (B, m, n), m <= n.
 
-    Five Newton-Schulz steps, each applying a s + b s^3 + c s^5 to the singular values s of G / |G|,
-    bring all but the smallest of them to between about 0.7 and 1.2.
+    Four Newton-Schulz steps, each applying a s + b s^3 + c s^5 to the singular values s of
+    G / |G|, bring those from 0.003 to 1 to between 0.79 and 1.21. No four such steps come closer to
+    1 ("Polar Express", arXiv 2505.16932); up to 1.02 they allow for rounding.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = G / G.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+    for a, b, c in STEPS:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
