@@ -118,7 +118,7 @@ class TrainConfig:
     batch_size: int = flag(12, "micro-batch size: sequences per forward pass", low=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches per step, over all GPUs", low=1)
     optimizer: str = flag("muon", "muon: for the blocks' matrices only", choices=("adamw", "muon"))
-    learning_rate: float = flag(1.25e-2, "peak learning rate", low=0)
+    learning_rate: float = flag(1.5e-2, "peak learning rate", low=0)
     dwa_lr_scale: float = flag(1.0, "multiplies the learning rate of the alphas", low=0)
     min_lr: float = flag(0.0, "learning rate at the end of its cosine decay", low=0)
     warmup_iters: int = flag(60, "steps of linear warm-up", low=0)
