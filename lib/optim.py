@@ -102,10 +102,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(G: Tensor) -> Tensor:
     """Return an approximation of U V^T for each matrix G = U S V^T of a batch, (B, m, n), m <= n.
 
-    Newton-Schulz steps, each applying a s + b s^3 + c s^5 to the singular values s of G / |G|. For
-    m up to 128, three bring those from 0.005 to 1 to between 0.5 and 1.5. Larger matrices have
-    smaller ones: four bring those from 0.003 to 1 to between 0.79 and 1.21. No other a, b, c bring
-    them closer to 1 in as many steps ("Polar Express", arXiv 2505.16932); up to 1.02, for rounding.
+    Each Newton-Schulz step applies a s + b s^3 + c s^5 to the singular values s of G / |G|. For m
+    up to 128, three steps bring those from 0.005 to 1 to between 0.5 and 1.5. Larger matrices have
+    smaller ones: four steps bring those from 0.003 to 1 to between 0.79 and 1.21. No other a, b, c
+    bring them closer to 1 in as many steps ("Polar Express", arXiv 2505.16932). They hold up to
+    s = 1.02, to allow for rounding.
     """
     X = G / G.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for a, b, c in NARROW if G.size(-2) <= 128 else WIDE:
