@@ -15,7 +15,7 @@ A row is one of
     learned positions           plain without rotary positions: the operations of nanoGPT
     gpt2                        GPT-2 of the package transformers; decoding only
     1x1 compiled                the formula, with torch.compile of the whole model; training only
-    skip-gains ...              a model of lab/variants.py
+    skip-gains, attn-res ...    a model of lab/variants.py, but for diagonal-K
 
 All rows take turns in each round. Times are medians over the rounds, ± half the interquartile
 range. Ratios are medians of the ratios to the first row in the same round, so a temporary slowdown

@@ -14,9 +14,9 @@ Models of equal depth and seed start from the same weights and see the same batc
 compared in pairs: the table has the mean difference from the first row and the p-value of a paired
 t-test (pip install scipy). Losses are those of the whole validation split at the end of training.
 
-Writes the table to lab/NAME.md and the loss of every run to lab/NAME.json. What is in that file is
-not trained again, so the command can be stopped and repeated; with other data, choose another NAME.
-The logs stay in OUT_DIR.
+Writes the table to lab/NAME.md, and the loss and the machine of every run to lab/NAME.json. What is
+in that file is not trained again, so the command can be stopped and repeated; with other data,
+choose another NAME. The logs stay in OUT_DIR.
 """
 
 import json
@@ -95,9 +95,12 @@ class Runs:
         shape, weights = checkpoint["model_config"], checkpoint["model"]
         n = sum(map(len, dwa_rows(shape["dwa"], shape["n_layer"])))  # alphas
         n += sum(w.numel() for name, w in weights.items() if name != "dwa.alpha")
+        machine = f"{describe_machine(find_device('auto'))}, shared by {self.config.jobs} runs"
         loss = [e[key] for e in log for key in ("val_loss", "final_val_loss") if key in e][-1]
         with self.lock, open_new(self.file) as file:  # at once, whatever becomes of other runs
-            self.done[run] = {"val_loss": loss, "parameters": n, "log": f"{out_dir}/log.jsonl"}
+            self.done[run] = {
+                "val_loss": loss, "parameters": n, "log": f"{out_dir}/log.jsonl", "machine": machine
+            }  # fmt: skip
             file.write((json.dumps(self.done, indent=1) + "\n").encode())
 
 
@@ -138,8 +141,7 @@ def main(argv=None):
 
     seeds = [f"seed {seed}" for seed in config.seeds]
     text = [
-        f"Made by `python -m lab.compare {shlex.join(argv)}`",
-        f"on {describe_machine(find_device('auto'))}.\n",
+        f"Made by `python -m lab.compare {shlex.join(argv)}`\n",
         markdown("model", "parameters", "rate", *seeds, "mean", f"minus {rows[0]}", "p"),
         "|---" * (len(seeds) + 6) + "|",
     ]

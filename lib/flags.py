@@ -4,7 +4,7 @@ The fields of a settings dataclass are the flags of a script:
 
     @dataclass
     class TrainConfig:
-        n_layer: int = flag(3, "number of blocks", low=1)
+        n_layer: int = flag(8, "number of blocks", low=1)
         ...
 
     flags = parse_flags(TrainConfig, argv, __doc__)     {name: value} of the flags given

@@ -126,7 +126,7 @@ def add_dwa(
 ) -> DWA:
     """Add a DWA after each of these blocks, which the model calls in order; return `model.dwa`.
 
-    A block takes X_i as its first argument, and returns X_{i+1} or a tuple that begins with it.
+    Block i takes Y_{i-1} as its first argument, and returns X_i or a tuple that begins with it.
     alpha is float32, on the device of block 1. Raises RuntimeError if the model has a DWA already.
     """
     blocks = list(blocks)

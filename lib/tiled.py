@@ -63,7 +63,7 @@ except ImportError:
     triton = None
 
 TILE = 8  # rows of a tile, b: near sqrt(L) for the paper's depths, and aligned for tensor cores
-DEEP = 24  # blocks from which tiles are faster than denseformer.Buffer on a CPU
+DEEP = 24  # blocks from which tiles are at least as fast as denseformer.Buffer on a CPU
 
 
 def make_dwa(dwa: DWA, impl: str, device: torch.device) -> DWA:
