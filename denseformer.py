@@ -497,36 +497,38 @@ class Buffer:
         self.S, self.shape = math.gcd(x.numel(), 16), x.shape
         # in memory, the slices of each X_i lie together
         self.X = x.new_empty(len(alpha), self.S, x.numel() // self.S).transpose(0, 1)
-        # a copy: the backward pass needs these alphas even if an optimizer has stepped
-        self.alpha, self.dalpha = alpha.detach().to(x.dtype, copy=True), torch.zeros_like(alpha)
-        self.lowest, self.next = len(alpha), 0  # next is the next step of the forward pass
+        # copies, as the backward pass needs these alphas even if an optimizer has stepped; with
+        # contiguous rows, or torch.bmm takes slice by slice
+        A = alpha.detach().to(x.dtype, copy=True)
+        self.A, self.A_T = (a.expand(self.S, -1, -1) for a in (A, A.T.contiguous()))
+        # next is the next step of the forward pass
+        self.dalpha, self.lowest, self.next = torch.zeros_like(alpha), len(alpha), 0
 
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Take X_i; return Y_i = alpha[i, :i+1] @ X[:, :i+1]."""
         self.next = i + 1
-        self.X[:, i].view(self.shape).copy_(x)
-        return matmul(self.alpha[None, i, : i + 1], self.X[:, : i + 1], self.shape).to(x.dtype)
+        self.X[:, i : i + 1] = x.reshape(self.S, 1, -1)
+        return matmul(self.A[:, i : i + 1, : i + 1], self.X[:, : i + 1], self.shape).to(x.dtype)
 
     def backward(self, i: int, g: Tensor | None) -> Tensor:
         """Take G_i = dLoss/dY_i, or None for 0, in decreasing order of i; return dLoss/dX_i."""
         if g is not None:
-            self.X[:, i + 1 : self.lowest] = 0  # the G that were skipped
+            self.X[:, i + 1 : self.lowest].zero_()  # the G that were skipped
             g = g.to(self.X.dtype).reshape(self.S, 1, -1)
             self.dalpha[i, : i + 1] = matmul(g, self.X[:, : i + 1].mT, (self.S, i + 1)).sum(0)
-            self.X[:, i] = g[:, 0]
-            self.lowest, self.next = i, len(self.alpha)  # no step may follow
-        column = self.alpha[None, self.lowest :, i].contiguous()  # else bmm takes slice by slice
-        return matmul(column, self.X[:, self.lowest :], self.shape)
+            self.X[:, i : i + 1] = g
+            self.lowest, self.next = i, len(self.dalpha)  # no step may follow
+        return matmul(self.A_T[:, i : i + 1, self.lowest :], self.X[:, self.lowest :], self.shape)
 
 
 def matmul(A: Tensor, X: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return A @ X in this shape, for A of (r, m) or (S, r, m), and X of (S, m, n).
+    """Return A @ X in this shape, for A of (S, r, m) and X of (S, m, n).
 
     It has the dtype of X, with sums in float32 at least, also under autocast, which ignores calls
     with out=.
     """
     y = X.new_empty(shape)  # no view of A @ X, so that a block may modify it in place
-    torch.bmm(A.expand(len(X), -1, -1), X, out=y.view(len(X), A.size(-2), X.size(-1)))
+    torch.bmm(A, X, out=y.view(A.size(0), A.size(1), -1))
     return y
 
 

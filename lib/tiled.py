@@ -171,13 +171,14 @@ class TiledBuffer(Buffer):
             return y
         X[:, row] = x.reshape(len(X), -1)
         # a column of A must be contiguous, or torch.bmm multiplies slice by slice
-        return matmul(a[None].contiguous(), X[:, first : first + len(a)], x.shape)
+        return matmul(a.contiguous().expand(len(X), 1, -1), X[:, first : first + len(a)], x.shape)
 
 
 def write_product(A: Tensor, X: Tensor, out: Tensor):
     """Write A @ X to out: (r, m), (S, m, n) and (S, r, n)."""
+    A = A.expand(len(X), -1, -1)
     if out.is_contiguous():
-        torch.bmm(A.expand(len(X), -1, -1), X, out=out)
+        torch.bmm(A, X, out=out)
     else:  # torch.bmm uses all cores of a CPU only if its output is contiguous
         out.copy_(matmul(A, X, out.shape))
 
