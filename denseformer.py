@@ -497,8 +497,8 @@ class Buffer:
         self.S, self.shape = math.gcd(x.numel(), 16), x.shape
         # in memory, the slices of each X_i lie together
         self.X = x.new_empty(len(alpha), self.S, x.numel() // self.S).transpose(0, 1)
-        # copies, as the backward pass needs these alphas even if an optimizer has stepped; with
-        # contiguous rows, or torch.bmm takes slice by slice
+        # alpha and its transpose, for every slice: copies, since the backward pass needs them even
+        # if an optimizer has stepped, with contiguous rows, else torch.bmm takes slice by slice
         A = alpha.detach().to(x.dtype, copy=True)
         self.A, self.A_T = (a.expand(self.S, -1, -1) for a in (A, A.T.contiguous()))
         # next is the next step of the forward pass

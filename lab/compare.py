@@ -70,13 +70,14 @@ def command(shared: list[str], row: str, seed: int, rate: float) -> str:
 
 
 class Runs:
-    """The runs of train.py. `done` is {run: its loss, number of parameters and log}."""
+    """The runs of train.py. `done` is {run: its loss, number of parameters, log and machine}."""
 
     lock = Lock()
 
     def __init__(self, config: CompareConfig):
         self.config, self.file = config, LAB / f"{config.name}.json"
         self.done = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.machine = f"{describe_machine(find_device('auto'))}; --jobs {config.jobs}"
 
     def train(self, todo: list[str]):
         """Train what is not done yet, --jobs runs at a time."""
@@ -95,12 +96,10 @@ class Runs:
         shape, weights = checkpoint["model_config"], checkpoint["model"]
         n = sum(map(len, dwa_rows(shape["dwa"], shape["n_layer"])))  # alphas
         n += sum(w.numel() for name, w in weights.items() if name != "dwa.alpha")
-        machine = f"{describe_machine(find_device('auto'))}, shared by {self.config.jobs} runs"
         loss = [e[key] for e in log for key in ("val_loss", "final_val_loss") if key in e][-1]
         with self.lock, open_new(self.file) as file:  # at once, whatever becomes of other runs
-            self.done[run] = {
-                "val_loss": loss, "parameters": n, "log": f"{out_dir}/log.jsonl", "machine": machine
-            }  # fmt: skip
+            entry = {"val_loss": loss, "parameters": n, "log": f"{out_dir}/log.jsonl"}
+            self.done[run] = entry | {"machine": self.machine}
             file.write((json.dumps(self.done, indent=1) + "\n").encode())
 
 
